@@ -1,0 +1,342 @@
+"""Attend, Infer, Repeat as a Pyro model and guide (Eslami et al., NIPS 2016, arXiv:1603.08575).
+
+A scene is painted object by object: up to T times, decide whether there is one more object
+(`z_pres_t`), where it is (`z_where_t`) and what it looks like (`z_what_t`), and add it to the canvas.
+The guide undoes that: an RNN looks at the image and proposes, object by object, the same choices;
+the image is cropped at the proposed place, and an encoder looks at the crop.
+
+Four things differ from the paper's description, none of them in the generative model:
+
+- The log-likelihood is written as a sum of what each object adds to it (see `AIR.model`): the same
+  density, but `TraceGraph_ELBO` then sees that a choice does not affect what came before it.
+- The guide's RNN is not told `z_pres`: wherever its output matters, all earlier ones were 1.
+- The image's projection into the RNN is computed once per image (see `modules.ImageLSTM`).
+- The guide predicts `z_where` relative to its prior.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import TraceGraph_ELBO
+from pyro.infer.enum import get_importance_trace
+from pyro.ops.provenance import get_provenance, track_provenance
+from torch import Tensor, nn
+
+from modules import Decoder, Encoder, ImageLSTM, Predict, image_to_object, object_to_image, pose_to_box
+
+# The cost to come is some hundreds of nats. A network of unit scale would take long to reach that.
+BASELINE_SCALE = 100.0
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be read or is not AIR's; the message says what is wrong with it."""
+
+
+class Step(NamedTuple):
+    """What the guide carries from one step to the next."""
+
+    rnn: tuple[Tensor, Tensor]  # state (h, c) of the guide's RNN, [n, rnn_size] each
+    baseline: tuple[Tensor, Tensor]  # and of the baseline's, [n, baseline_size] each
+    p_more: Tensor  # [n], q(z_pres_t = 1) given that all before it are 1
+    z_pres: Tensor  # [n]; has further dimensions on the left while Pyro enumerates it
+    z_where: Tensor  # [n, 3]
+    z_what: Tensor  # [n, z_what_size]
+
+
+class Inference(NamedTuple):
+    """What AIR sees in `n` images, from one sample of the guide. A step t was used where `t < counts`."""
+
+    counts: Tensor  # int64 [n], the number of objects
+    count_probs: Tensor  # [n, T + 1], q(number of objects) given the sampled poses and codes
+    elbo: Tensor  # [n], nats
+    z_where: Tensor  # [n, T, 3], poses [s, x, y]; see modules.py for their units
+    z_what: Tensor  # [n, T, z_what_size], codes
+    boxes: Tensor  # [n, T, 4], the windows as (x, y, w, h) in pixels
+    x_att: Tensor  # [n, T, w, w], the windows' contents in the image
+    y_att: Tensor  # [n, T, w, w], the objects as the decoder paints them
+    canvases: Tensor  # [n, T + 1, h, h], the reconstruction with 0, 1, .. T objects
+    reconstruction: Tensor  # [n, h, h], the one with `counts` objects
+
+
+class AIR(nn.Module):
+    """Model, guide and baselines; every size and prior is an argument.
+
+    num_steps: T, the most objects an image can have.
+    image_size, window_size: sides of the canvas and of an object, in pixels.
+    z_what_size, rnn_size, hidden_size, baseline_size: numbers of units.
+    count_ratio: the prior on the count is a geometric one cut off at T, `p(n) ~ count_ratio ** n`.
+    z_where_loc, z_where_scale: mean and sd of the Normal prior on the pose `[s, x, y]`.
+    likelihood_sd: sd of the Normal noise on each pixel.
+    baseline: what is subtracted from the cost of a discrete choice to reduce the variance of its
+        gradient: "rnn" (a network that sees the image and the choices so far), "average" (a running
+        mean) or "none".
+    """
+
+    def __init__(
+        self,
+        num_steps: int = 3,
+        image_size: int = 50,
+        window_size: int = 28,
+        z_what_size: int = 50,
+        rnn_size: int = 256,
+        hidden_size: int = 200,
+        baseline_size: int = 64,
+        count_ratio: float = 0.01,
+        z_where_loc: tuple[float, float, float] = (3.0, 0.0, 0.0),
+        z_where_scale: tuple[float, float, float] = (0.2, 1.0, 1.0),
+        likelihood_sd: float = 0.3,
+        baseline: str = "rnn",
+    ):
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.num_steps, self.image_size, self.window_size = num_steps, image_size, window_size
+        self.z_what_size, self.likelihood_sd = z_what_size, likelihood_sd
+
+        # p(z_pres_t = 1 | z_pres_{t-1} = 1) of the truncated geometric prior: [T]
+        weights = [count_ratio**n for n in range(num_steps + 1)]
+        self.p_more = [sum(weights[t + 1 :]) / sum(weights[t:]) for t in range(num_steps)]
+        self.register_buffer("z_where_loc", torch.tensor(z_where_loc), persistent=False)
+        self.register_buffer("z_where_scale", torch.tensor(z_where_scale), persistent=False)
+
+        # The model's only network.
+        self.decode = Decoder(z_what_size, hidden_size, window_size)
+        # The guide's.
+        self.rnn = ImageLSTM(image_size, 3 + z_what_size, rnn_size)
+        self.predict = Predict(rnn_size, hidden_size, self.z_where_loc, self.z_where_scale)
+        self.encode = Encoder(window_size, hidden_size, z_what_size)
+        # The baseline's: no part of either distribution, and with a learning rate of its own.
+        self.baseline = Baseline(image_size, 3 + z_what_size, baseline_size) if baseline == "rnn" else None
+        self.average_baseline = baseline == "average"
+
+    # -------------------------------------------------------------------------- generative model
+
+    def prior_step(self, t: int, z_pres: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample `p(z_pres_t, z_where_t, z_what_t | z_pres_{t-1})` for `n` scenes.
+
+        Every scene takes every step; in those that are complete the mask takes what is sampled out
+        of all densities, and `z_pres_t`, 0 for sure, keeps it off the canvas.
+        """
+        z_pres = pyro.sample(f"z_pres_{t}", dist.Bernoulli(self.p_more[t] * z_pres))
+        with poutine.mask(mask=z_pres.bool()):
+            pose = dist.Normal(self.z_where_loc, self.z_where_scale).expand([n, 3])
+            z_where = pyro.sample(f"z_where_{t}", pose.to_event(1))
+            code = dist.Normal(z_where.new_zeros(n, self.z_what_size), 1.0)
+            z_what = pyro.sample(f"z_what_{t}", code.to_event(1))
+        return z_pres, z_where, z_what
+
+    def prior(self, n: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Sample what `n` scenes contain: `z_pres` (T times `[n]`), `z_where` and `z_what` (`[T, n, ..]`)."""
+        z_pres = self.z_where_loc.new_ones(n)
+        steps = []
+        for t in range(self.num_steps):
+            z_pres, z_where, z_what = self.prior_step(t, z_pres, n)
+            steps.append((z_pres, z_where, z_what))
+        z_pres, z_where, z_what = zip(*steps)
+        return z_pres, torch.stack(z_where), torch.stack(z_what)
+
+    def paint(self, z_where: Tensor, z_what: Tensor) -> tuple[Tensor, Tensor]:
+        """Objects `y_att` `[T, n, w, w]`, and the canvases `[T + 1, n, h, h]` after 0, 1, .. T of them."""
+        y_att = self.decode(z_what.flatten(0, 1))
+        y = object_to_image(z_where.flatten(0, 1), y_att, self.image_size).unflatten(0, z_where.shape[:2])
+        return y_att.unflatten(0, z_where.shape[:2]), torch.cat([torch.zeros_like(y[:1]), y.cumsum(0)])
+
+    def model(self, x: Tensor) -> None:
+        """The joint density `p(x, z)` of images `x` `[n, h, h]` and the choices that explain them.
+
+        With `ll_k` the log-likelihood of `x` given the canvas after k objects, and c the count,
+        `log p(x | z) = ll_c = ll_0 + sum_t z_pres_t * (ll_{t+1} - ll_t)`. Written so, each choice is
+        charged only with what happens from its step on, which takes most of the noise out of its
+        gradient; and summing over all counts needs T + 1 canvases, not 2^T.
+        """
+        pyro.module("air", self)
+        with pyro.plate("scenes", len(x), dim=-1):
+            z_pres, z_where, z_what = self.prior(len(x))
+            _, canvases = self.paint(z_where, z_what)
+            gains = -(x - canvases).square().sum((-2, -1)).diff(dim=0) / (2 * self.likelihood_sd**2)
+            pyro.sample("x", dist.Normal(canvases[0], self.likelihood_sd).to_event(2), obs=x)
+            for t in range(self.num_steps):
+                with poutine.mask(mask=z_pres[t].bool()):
+                    pyro.factor(f"gain_{t}", gains[t])
+
+    # ------------------------------------------------------------------------------------- guide
+
+    def guide_step(self, t: int, x: Tensor, looks: tuple, previous: Step) -> Step:
+        """Sample `q(z_pres_t, z_where_t, z_what_t | x, earlier steps)`, by attending to one place in `x`."""
+        inputs = torch.cat([previous.z_where, previous.z_what], -1)
+        rnn = self.rnn(looks[0], inputs, previous.rnn)
+        p_more, loc, scale = self.predict(rnn[0])
+
+        baseline, options = previous.baseline, {}
+        if self.baseline is not None:
+            # Detached: the baseline's own loss must not train the guide.
+            value, baseline = self.baseline(looks[1], inputs.detach(), baseline)
+            # In a complete scene nothing is left to choose, and nothing to predict.
+            options = {"baseline_value": value * previous.z_pres.detach()}
+        elif self.average_baseline:
+            options = {"use_decaying_avg_baseline": True}
+
+        bernoulli = dist.Bernoulli(p_more * previous.z_pres)
+        z_pres = pyro.sample(f"z_pres_{t}", bernoulli, infer={"baseline": options})
+        with poutine.mask(mask=z_pres.bool()):
+            z_where = pyro.sample(f"z_where_{t}", dist.Normal(loc, scale).to_event(1))
+            x_att = image_to_object(z_where, x, self.window_size)
+            z_what = pyro.sample(f"z_what_{t}", dist.Normal(*self.encode(x_att)).to_event(1))
+        return Step(rnn, baseline, p_more, z_pres, z_where, z_what)
+
+    def guide(self, x: Tensor) -> list[Step]:
+        """Sample `q(z | x)` for images `[n, h, h]`; returns the T steps."""
+        pyro.module("air", self)
+        n = len(x)
+        looks = (self.rnn.look(x), self.baseline and self.baseline.rnn.look(x))
+        step = Step(
+            rnn=self.rnn.start(n),
+            baseline=self.baseline and self.baseline.rnn.start(n),
+            p_more=x.new_ones(n),
+            z_pres=x.new_ones(n),
+            z_where=x.new_zeros(n, 3),
+            z_what=x.new_zeros(n, self.z_what_size),
+        )
+        steps = []
+        with pyro.plate("scenes", n, dim=-1):
+            for t in range(self.num_steps):
+                step = self.guide_step(t, x, looks, step)
+                steps.append(step)
+        return steps
+
+    # ---------------------------------------------------------------------------------- read-out
+
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Inference:
+        """What is in the images `x` (floats in [0, 1], `[n, h, h]`), by one sample of the guide."""
+        guide = poutine.trace(self.guide).get_trace(x)
+        model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(x)
+        log_probs = []
+        for trace in (model, guide):
+            trace.compute_log_prob()
+            log_probs.append(
+                sum(trace.nodes[name]["log_prob"] for name in trace.nodes if "log_prob" in trace.nodes[name])
+            )
+
+        steps = guide.nodes["_RETURN"]["value"]
+        z_where = torch.stack([step.z_where for step in steps])
+        z_what = torch.stack([step.z_what for step in steps])
+        z_pres = torch.stack([step.z_pres for step in steps])
+        p_more = torch.stack([step.p_more for step in steps])
+        y_att, canvases = self.paint(z_where, z_what)
+        x_att = torch.stack([image_to_object(pose, x, self.window_size) for pose in z_where])
+        counts = z_pres.sum(0).long()
+        # q(n) = (more, n times) * (then no more); after T steps it is over for sure.
+        ones = torch.ones_like(p_more[:1])
+        count_probs = torch.cat([ones, p_more.cumprod(0)]) * torch.cat([1 - p_more, ones])
+        return Inference(
+            counts=counts,
+            count_probs=count_probs.mT,
+            elbo=log_probs[0] - log_probs[1],
+            z_where=z_where.transpose(0, 1),
+            z_what=z_what.transpose(0, 1),
+            boxes=pose_to_box(z_where, self.image_size).transpose(0, 1),
+            x_att=x_att.transpose(0, 1),
+            y_att=y_att.transpose(0, 1),
+            canvases=canvases.transpose(0, 1),
+            reconstruction=canvases[counts, torch.arange(len(x), device=x.device)],
+        )
+
+    # -------------------------------------------------------------------------------- checkpoint
+
+    def save(self, path, **others) -> None:
+        """Write the parameters, what is needed to build the same AIR, and `others` (tensors and plain values).
+
+        Written beside `path` and then renamed: `path` never holds half a file.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            torch.save({"air": self.config, "parameters": self.state_dict(), **others}, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path) -> "AIR":
+        """The AIR saved at `path`, on the CPU. Raises CheckpointError."""
+        return cls.from_checkpoint(read_checkpoint(path), path)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict, path="checkpoint") -> "AIR":
+        try:
+            air = cls(**checkpoint["air"])
+            air.load_state_dict(checkpoint["parameters"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not a checkpoint of this AIR: {' '.join(str(error).split())}") from None
+        return air
+
+
+class Baseline(nn.Module):
+    """Predicts, at each choice of `z_pres`, what is still to be gained, in nats: a data-dependent baseline.
+
+    It parameterizes no distribution. It is trained to predict the part of the ELBO that comes after
+    a choice, and what it predicts is subtracted there before the choice is credited with it.
+    """
+
+    def __init__(self, image_size: int, input_size: int, state_size: int):
+        super().__init__()
+        self.rnn = ImageLSTM(image_size, input_size, state_size)
+        self.linear = nn.Linear(state_size, 1)
+
+    def forward(self, look: Tensor, inputs: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+        state = self.rnn(look, inputs, state)
+        return BASELINE_SCALE * self.linear(state[0])[:, 0], state
+
+
+def read_checkpoint(path) -> dict:
+    """The dictionary that `AIR.save` wrote. Raises CheckpointError if `path` is anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # PyTorch itself does not look at the checksums.
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged: {damaged} does not have its checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no such checkpoint: {path}") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # Whatever else goes wrong in reading, the file is at fault.
+        raise CheckpointError(f"{path} is not a checkpoint: {str(error).strip().splitlines()[0]}") from None
+    if not isinstance(checkpoint, dict) or not {"air", "parameters"} <= checkpoint.keys():
+        raise CheckpointError(f"{path} is not a checkpoint of AIR: it has no 'air' and 'parameters'")
+    return checkpoint
+
+
+class StaticTraceGraph_ELBO(TraceGraph_ELBO):
+    """TraceGraph_ELBO for programs in which it never changes which choice affects which cost.
+
+    Pyro finds that out by passing every tensor operation through a Python hook, anew at each step.
+    Here the first step's answer is kept. Loss and gradients are the same.
+    """
+
+    dependencies = None
+
+    def _get_trace(self, model, guide, args, kwargs):
+        if self.dependencies is None:
+            traces = super()._get_trace(model, guide, args, kwargs)
+            self.dependencies = [
+                {
+                    name: get_provenance(site["log_prob_sum"])
+                    for name, site in trace.nodes.items()
+                    if "log_prob_sum" in site
+                }
+                for trace in traces
+            ]
+        else:
+            traces = get_importance_trace("dense", self.max_plate_nesting, model, guide, args, kwargs)
+            for trace, dependencies in zip(traces, self.dependencies):
+                for name, upstream in dependencies.items():
+                    site = trace.nodes[name]
+                    site["log_prob_sum"] = track_provenance(site["log_prob_sum"], upstream)
+        return traces

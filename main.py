@@ -1,0 +1,316 @@
+"""Train Attend, Infer, Repeat on multi-MNIST, so that it learns to count without being told how.
+
+python main.py                                   # train, evaluate, draw
+python main.py --load runs/NAME                  # go on with a run that was interrupted
+python main.py --load runs/NAME --eval-only      # evaluate it on the test scenes
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pyro
+import torch
+import torchvision
+from PIL import Image
+from pyro.infer import SVI
+from pyro.optim import PyroOptim
+from tqdm import tqdm
+
+import viz
+from air import AIR, CheckpointError, StaticTraceGraph_ELBO, read_checkpoint
+from evaluation import evaluate, to_images
+from multi_mnist import DataError, Scenes, load_file, load_split
+
+PICTURES = {
+    "attention": "Test scenes: where the guide looked, and how many digits it counted",
+    "reconstruction": "The same scenes as the model paints them",
+}
+# What a run is: a resumed run keeps these, and may be given others for the rest.
+FIXED = ("batch_size", "learning_rate", "baseline_learning_rate", "seed", "model_steps")
+
+
+def main() -> None:
+    parser = make_parser()
+    args = parser.parse_args()
+    try:
+        checkpoint = None
+        if args.load:
+            args.load = args.load / "checkpoint.pt" if args.load.is_dir() else args.load
+            checkpoint = read_checkpoint(args.load)
+            args = adopt_flags(parser, checkpoint)
+        check_flags(args)
+        if args.eval_only:
+            print(json.dumps(evaluate_only(args, checkpoint)))
+        else:
+            train(args, checkpoint)
+    except (CheckpointError, DataError, UsageError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# --------------------------------------------------------------------------------- the main thing
+
+
+def train(args, checkpoint: dict | None) -> None:
+    """Data, AIR, SVI, evaluation, checkpoint, pictures."""
+    device = torch.device("cuda" if args.cuda else "cpu")
+    train_scenes, validation_scenes, test_scenes = (
+        load_split(split, args.data_dir, args.mnist_root) for split in ("train", "validation", "test")
+    )
+    train_x = torch.from_numpy(train_scenes.x)  # uint8; a mini-batch becomes floats when it is drawn
+
+    pyro.set_rng_seed(args.seed)
+    air = AIR.from_checkpoint(checkpoint, args.load) if checkpoint else AIR(num_steps=args.model_steps)
+    air.to(device)
+
+    svi, adam = make_svi(air)
+    rates = (args.learning_rate, args.baseline_learning_rate)
+
+    run = Run(args, air, adam, checkpoint)
+    with tqdm(total=args.num_steps, initial=run.step, unit="step", mininterval=0.5, smoothing=0.05) as bar:
+        while run.step < args.num_steps:
+            started = time.perf_counter()
+            for group, rate in zip(adam.param_groups, rates):
+                group["lr"] = rate * schedule(run.step, args.num_steps)
+            batch = torch.randint(len(train_x), (args.batch_size,))
+            loss = svi.step(to_images(train_x[batch], device))
+            run.step += 1
+            run.seconds += time.perf_counter() - started
+
+            bar.update()
+            bar.set_postfix_str(
+                f"ELBO {-loss / args.batch_size:.1f}, validation accuracy {run.accuracy}", refresh=False
+            )
+            if run.step % args.eval_every == 0 or run.step == args.num_steps:
+                run.record("validation", evaluate(air, validation_scenes))
+            if run.step % args.save_every == 0 or run.step == args.num_steps:
+                run.save()
+
+    result = run.record("test", evaluate(air, test_scenes))
+    draw(air, test_scenes, run.folder)
+    print(summary(result, run.folder))
+
+
+def make_svi(air: AIR) -> tuple[SVI, torch.optim.Adam]:
+    """The inference algorithm, and the optimizer behind it: one Adam, a parameter group for the baseline's rate."""
+    baseline = list(air.baseline.parameters())
+    others = [p for name, p in air.named_parameters() if not name.startswith("baseline.")]
+    adam = torch.optim.Adam([{"params": others}, {"params": baseline}], fused=True)
+    return SVI(air.model, air.guide, OneOptimizer(adam), StaticTraceGraph_ELBO(max_plate_nesting=1)), adam
+
+
+def schedule(step: int, num_steps: int, warm_up: int = 100) -> float:
+    """The learning rate at `step`, as a part of its largest: a short linear rise, then half a cosine down to 0."""
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+class OneOptimizer(PyroOptim):
+    """Lets SVI step one torch optimizer for all parameters, where Pyro would make one for each of them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+
+    def __call__(self, params) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def evaluate_only(args, checkpoint: dict) -> dict:
+    """What would be a line of metrics.jsonl, on the test scenes or on the user's own."""
+    air = AIR.from_checkpoint(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
+    if args.data:
+        scenes = load_file(args.data, air.image_size)
+    else:
+        scenes = load_split("test", args.data_dir, args.mnist_root)
+    return metrics_line(
+        "data" if args.data else "test", checkpoint["step"], checkpoint["seconds"], evaluate(air, scenes)
+    )
+
+
+# ---------------------------------------------------------------------------- what a run leaves
+
+
+class Run:
+    """A run's progress, and its folder: config.json, metrics.jsonl, checkpoint.pt."""
+
+    def __init__(self, args, air: AIR, optimizer: torch.optim.Optimizer, checkpoint: dict | None):
+        self.args, self.air, self.optimizer = args, air, optimizer
+        self.step, self.seconds, self.accuracy = 0, 0.0, "-"
+        self.folder = args.out
+        kept = []
+        if checkpoint:
+            self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            torch.set_rng_state(checkpoint["rng"])
+            if args.cuda and checkpoint["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+            kept = [
+                line for line in read_metrics(args.load.parent) if line["step"] <= self.step and line["split"] != "test"
+            ]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__}
+        versions |= {"torchvision": torchvision.__version__, "numpy": np.__version__}
+        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        config = {
+            "flags": flags,
+            "seed": args.seed,
+            "air": air.config,
+            "versions": versions,
+            "threads": torch.get_num_threads(),
+        }
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with open(self.folder / "metrics.jsonl", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+
+    def record(self, split: str, measured: dict) -> dict:
+        """Append a line to metrics.jsonl."""
+        line = metrics_line(split, self.step, self.seconds, measured)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.accuracy = f"{line['count_accuracy']:.2%}"
+        return line
+
+    def save(self) -> None:
+        self.air.save(
+            self.folder / "checkpoint.pt",
+            step=self.step,
+            seconds=self.seconds,
+            flags={name: getattr(self.args, name) for name in ("num_steps", *FIXED)},
+            optimizer=self.optimizer.state_dict(),
+            rng=torch.get_rng_state(),
+            cuda_rng=torch.cuda.get_rng_state() if self.args.cuda else None,
+        )
+
+
+def metrics_line(split: str, step: int, seconds: float, measured: dict) -> dict:
+    speed = step / seconds if seconds else None
+    return {
+        "split": split,
+        "step": step,
+        "seconds": round(seconds, 3),
+        "steps_per_s": speed and round(speed, 2),
+    } | measured
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def draw(air: AIR, scenes: Scenes, folder: Path, n: int = 30) -> None:
+    """Pictures of the first held-out scenes: what the guide attends to, and what the model makes of it."""
+    x = to_images(scenes.x[:n], next(air.parameters()).device)
+    inference = air.infer(x)
+    counts = inference.counts.tolist()
+    boxes = [box[:count] for box, count in zip(inference.boxes.cpu().numpy(), counts)]
+    for name, images in (("attention", x), ("reconstruction", inference.reconstruction)):
+        picture = viz.draw_scenes(images.cpu().numpy(), boxes, counts, title=PICTURES[name])
+        Image.fromarray(picture).save(folder / f"{name}.png")
+
+
+def summary(result: dict, folder: Path) -> str:
+    """What a user wants to know at the end of a run."""
+    confusion = np.array(result["confusion"])
+    lines = [
+        f"{result['images']:,} test scenes, {result['step']:,} steps, {result['seconds'] / 60:.1f} minutes of training",
+        f"  count accuracy   {result['count_accuracy']:.2%}, by one sample of the guide",
+        f"                   {result['count_accuracy_mode']:.2%}, by its most probable count",
+        f"  ELBO             {result['elbo']:.1f} nats per image",
+        f"  last step used   in {result['last_step_rate']:.2%} of the images",
+        "  inferred count  " + "".join(f"{count:>8}" for count in range(confusion.shape[1])),
+    ]
+    for true, row in enumerate(confusion):
+        lines.append(f"    true count {true:<3}" + "".join(f"{n:>8,}" for n in row))
+    return "\n".join([*lines, f"Checkpoint, metrics and pictures are in {folder}"])
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+class UsageError(Exception):
+    """The flags ask for something that cannot be done."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train Attend, Infer, Repeat on multi-MNIST.",
+        usage="%(prog)s [options]   (-h lists them)",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-n", "--num-steps", type=positive(int), default=4000, help="steps of the whole run, also when it is resumed")
+    add("-b", "--batch-size", type=positive(int), default=128, help="images per step")
+    add("-lr", "--learning-rate", type=positive(float), default=2e-3, help="largest learning rate of model and guide")
+    add("-blr", "--baseline-learning-rate", type=positive(float), default=2e-3, help="the same of the baseline")
+    add("-t", "--model-steps", type=positive(int), default=3, help="most objects in an image, T")
+    add("--seed", type=int, default=0, help="of training; the scenes are the same for everyone")
+    add("--cuda", action="store_true", help="train on the GPU")
+    add("--eval-every", type=positive(int), default=500, metavar="STEPS", help="evaluate on validation scenes")
+    add("--save-every", type=positive(int), default=500, metavar="STEPS", help="write the checkpoint")
+    add("--data-dir", type=Path, default="data", metavar="DIR", help="where digits and scenes are kept")
+    add("--mnist-root", type=Path, metavar="DIR", help="a copy of MNIST you have, in torchvision's layout")
+    add("--out", type=Path, metavar="DIR", help="the run's folder; if not given, runs/<date>-<time>-seed<seed>")
+    add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: go on with it")
+    add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes, print one JSON object")
+    add("--data", type=Path, metavar="NPZ", help="with --eval-only: evaluate on your own images")
+    return parser
+
+
+def positive(number: type):
+    """An argparse type: numbers greater than 0."""
+
+    def parse(text: str):
+        value = number(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{number.__name__} greater than 0"
+    return parse
+
+
+def adopt_flags(parser: argparse.ArgumentParser, checkpoint: dict) -> argparse.Namespace:
+    """Parse again with the run's own flags as defaults; those that make the run what it is cannot change."""
+    flags = checkpoint["flags"]
+    parser.set_defaults(**flags)
+    args = parser.parse_args()
+    for name in FIXED:
+        if getattr(args, name) != flags[name]:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} {getattr(args, name)} contradicts the loaded run, which has {flags[name]}")
+    if args.num_steps < checkpoint["step"]:
+        raise UsageError(f"--num-steps {args.num_steps}: the run is already at step {checkpoint['step']}")
+    return args
+
+
+def check_flags(args) -> None:
+    """Everything that can be known to be wrong before work starts. Fills in --out."""
+    if args.cuda and not torch.cuda.is_available():
+        raise UsageError("--cuda: no CUDA device was found")
+    if args.eval_only and not args.load:
+        raise UsageError("--eval-only needs --load")
+    if args.data and not args.eval_only:
+        raise UsageError("--data needs --eval-only")
+    if args.eval_only:
+        return
+    if args.out is None:
+        started = datetime.now().strftime("%Y%m%d-%H%M%S")
+        args.out = args.load.parent if args.load else Path("runs", f"{started}-seed{args.seed}")
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out {args.out} is not a folder")
+    resumed = args.load and args.out.resolve() == args.load.parent.resolve()
+    if not resumed and args.out.exists() and any(args.out.iterdir()):
+        raise UsageError(f"--out {args.out} is not empty; name another folder, or --load it to go on with that run")
+
+
+if __name__ == "__main__":
+    main()

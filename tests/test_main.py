@@ -1,0 +1,171 @@
+"""main.py as its user calls it: short runs on a few scenes of drawn digits."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import main
+
+SHORT = ("-n", 6, "-b", 8, "--eval-every", 2, "--save-every", 3)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def parameters(folder):
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    tensors = list(checkpoint["parameters"].values())
+    for state in checkpoint["optimizer"]["state"].values():
+        tensors += [value for value in state.values() if torch.is_tensor(value)]
+    return [*tensors, checkpoint["rng"]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir):
+    """One finished run, and what it printed."""
+    from conftest import run_main
+
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    return folder, run_main.__wrapped__(data_dir)(*SHORT, "--out", folder)
+
+
+def test_a_run_leaves_what_it_should(run):
+    folder, finished = run
+    assert finished.returncode == 0, finished.stderr
+    assert "count accuracy" in finished.stdout and str(folder) in finished.stdout
+    assert "6/6" in finished.stderr and "ELBO" in finished.stderr and "validation accuracy" in finished.stderr
+    names = {"attention.png", "reconstruction.png", "checkpoint.pt", "config.json", "metrics.jsonl"}
+    assert {file.name for file in folder.iterdir()} == names
+    lines = metrics(folder)
+    assert [(line["split"], line["step"]) for line in lines] == [
+        ("validation", 2),
+        ("validation", 4),
+        ("validation", 6),
+        ("test", 6),
+    ]
+    for line in lines:
+        confusion = np.array(line["confusion"])
+        assert confusion.shape == (3, 4) and confusion.sum() == line["images"] == 64
+        assert line["count_accuracy"] == pytest.approx(np.trace(confusion) / 64)
+        assert line["last_step_rate"] == pytest.approx(confusion[:, 3].sum() / 64)
+        assert line["seconds"] > 0 and line["steps_per_s"] > 0 and np.isfinite(line["elbo"])
+    config = json.loads((folder / "config.json").read_text())
+    assert config["flags"]["batch_size"] == 8 and config["seed"] == 0 and config["versions"]["torch"]
+
+
+def test_eval_only_prints_the_line_of_the_run(run, run_main, tmp_path, scenes):
+    folder, _ = run
+    evaluated = run_main("--load", folder, "--eval-only")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout) == metrics(folder)[-1]
+
+    np.savez(tmp_path / "own.npz", x=scenes.x[:5] / 255)
+    evaluated = run_main("--load", folder / "checkpoint.pt", "--eval-only", "--data", tmp_path / "own.npz")
+    line = json.loads(evaluated.stdout)
+    assert line["split"] == "data" and line["images"] == 5 and line["step"] == 6
+    assert line["count_accuracy"] is line["confusion"] is line["count_accuracy_mode"] is None
+
+
+INTERRUPTED = """
+import sys
+sys.path.insert(0, {root!r})
+import main
+save = main.Run.save
+def save_and_stop(run):
+    save(run)
+    raise KeyboardInterrupt
+main.Run.save = save_and_stop
+main.main()
+"""
+
+
+def test_a_resumed_run_is_the_run_that_was_never_interrupted(run, run_main, tmp_path):
+    """Bit for bit, though it was also evaluated at other times: evaluation disturbs nothing."""
+    straight, _ = run
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED.format(root=str(ROOT)))
+    stopped = run_main(
+        "-n", 6, "-b", 8, "--eval-every", 100, "--save-every", 3, "--out", tmp_path / "run", script=script
+    )
+    assert stopped.returncode == 130
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
+
+    resumed = run_main("--load", tmp_path / "run", "--eval-every", 2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert all(torch.equal(a, b) for a, b in zip(parameters(straight), parameters(tmp_path / "run")))
+    (*_, expected), (*_, actual) = metrics(straight), metrics(tmp_path / "run")
+    assert {**expected, "seconds": 0, "steps_per_s": 0} == {**actual, "seconds": 0, "steps_per_s": 0}
+
+    # From a finished run there is nothing to train; and lines past a checkpoint are dropped.
+    elsewhere = run_main("--load", straight, "-n", 8, "--out", tmp_path / "longer", "--eval-every", 4)
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert [line["step"] for line in metrics(tmp_path / "longer")] == [2, 4, 6, 8, 8]
+    assert [line["step"] for line in metrics(straight)] == [2, 4, 6, 6]
+
+
+BAD = {
+    ("--cuda",): "no CUDA device",
+    ("--eval-only",): "needs --load",
+    ("--data", "x.npz"): "needs --eval-only",
+    ("-n", "-5"): "--num-steps: invalid int greater than 0 value: '-5'",
+    ("-n", "0"): "greater than 0",
+    ("-b", "many"): "greater than 0",
+    ("-lr", "nan"): "greater than 0",
+    ("-blr", "0"): "greater than 0",
+    ("--eval-every", "0"): "greater than 0",
+    ("--steps", "5"): "unrecognized arguments",
+    ("--load", "nowhere"): "no such checkpoint: nowhere",
+    ("--load", str(ROOT / "README.md")): "not a checkpoint",
+    ("--mnist-root", "nowhere", "--data-dir", "nowhere"): "no intact MNIST in nowhere",
+    ("--out", str(ROOT / "README.md")): "not a folder",
+    ("--out", str(ROOT / "tests")): "not empty",
+}
+
+
+@pytest.mark.parametrize("flags", BAD, ids=" ".join)
+def test_bad_flags_are_told_in_two_lines(flags, monkeypatch, capsys, tmp_path, data_dir):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["main.py", "--data-dir", str(data_dir), *flags])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        main.main()
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and not out
+    assert len(err.splitlines()) == 2 and BAD[flags] in err
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scenes, tmp_path):
+    folder, _ = run
+
+    def error(*flags):
+        monkeypatch.setattr(
+            "sys.argv", ["main.py", "--data-dir", str(data_dir), "--load", str(folder), *map(str, flags)]
+        )
+        with pytest.raises(SystemExit) as exit:
+            main.main()
+        assert exit.value.code == 2
+        return capsys.readouterr().err
+
+    assert "--batch-size 16 contradicts" in error("-b", 16)
+    assert "--seed 1 contradicts" in error("--seed", 1)
+    assert "already at step 6" in error("-n", 5)
+    np.savez(tmp_path / "small.npz", x=scenes.x[:, :40, :40])
+    assert "40 pixels" in error("--eval-only", "--data", tmp_path / "small.npz")
+    assert [line["step"] for line in metrics(folder)] == [2, 4, 6, 6]
+
+
+@pytest.mark.mnist
+@pytest.mark.slow
+def test_it_learns_to_count(tmp_path):
+    """300 steps on real MNIST: far above the 50% of a model that only tells empty scenes from others."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, ROOT / "main.py", "-n", "600", "--out", tmp_path / "run", "--data-dir", ROOT / "data"]
+    subprocess.run(command, check=True)
+    assert metrics(tmp_path / "run")[-1]["count_accuracy"] > 0.93

