@@ -87,7 +87,7 @@ class AIR(nn.Module):
         rnn_size: int = 256,
         hidden_size: int = 200,
         baseline_size: int = 64,
-        count_ratio: float = 0.01,
+        count_ratio: float = 1e-4,
         z_where_loc: tuple[float, float, float] = (3.0, 0.0, 0.0),
         z_where_scale: tuple[float, float, float] = (0.2, 1.0, 1.0),
         likelihood_sd: float = 0.3,
@@ -155,7 +155,7 @@ class AIR(nn.Module):
         gradient; and summing over all counts needs T + 1 canvases, not 2^T.
         """
         pyro.module("air", self)
-        with pyro.plate("scenes", len(x), dim=-1):
+        with pyro.plate("scenes", len(x), dim=-1, device=x.device):
             z_pres, z_where, z_what = self.prior(len(x))
             _, canvases = self.paint(z_where, z_what)
             gains = -(x - canvases).square().sum((-2, -1)).diff(dim=0) / (2 * self.likelihood_sd**2)
@@ -177,7 +177,9 @@ class AIR(nn.Module):
             # Detached: the baseline's own loss must not train the guide.
             value, baseline = self.baseline(looks[1], inputs.detach(), baseline)
             # In a complete scene nothing is left to choose, and nothing to predict.
-            options = {"baseline_value": value * previous.z_pres.detach()}
+            value = value * previous.z_pres.detach()
+            # (Of a single image, Pyro wants a number, not a vector of one.)
+            options = {"baseline_value": value if len(x) > 1 else value.squeeze()}
         elif self.average_baseline:
             options = {"use_decaying_avg_baseline": True}
 
@@ -203,7 +205,7 @@ class AIR(nn.Module):
             z_what=x.new_zeros(n, self.z_what_size),
         )
         steps = []
-        with pyro.plate("scenes", n, dim=-1):
+        with pyro.plate("scenes", n, dim=-1, device=x.device):
             for t in range(self.num_steps):
                 step = self.guide_step(t, x, looks, step)
                 steps.append(step)

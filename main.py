@@ -42,9 +42,10 @@ def main() -> None:
     try:
         checkpoint = None
         if args.load:
-            args.load = args.load / "checkpoint.pt" if args.load.is_dir() else args.load
-            checkpoint = read_checkpoint(args.load)
+            path = args.load / "checkpoint.pt" if args.load.is_dir() else args.load
+            checkpoint = read_checkpoint(path)
             args = adopt_flags(parser, checkpoint)
+            args.load = path
         check_flags(args)
         if args.eval_only:
             print(json.dumps(evaluate_only(args, checkpoint)))

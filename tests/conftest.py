@@ -66,6 +66,6 @@ def run_main(data_dir):
 
     def run(*args, script=ROOT / "main.py"):
         command = [sys.executable, str(script), *map(str, args), "--data-dir", str(data_dir)]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     return run

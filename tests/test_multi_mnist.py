@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import multi_mnist
@@ -213,7 +214,10 @@ def test_a_users_own_file(tmp_path):
 
 @pytest.mark.mnist
 def test_real_mnist_splits_have_no_image_in_common():
-    images = np.concatenate([multi_mnist.load_digits(train)[0] for train in (True, False)])
+    try:
+        images = np.concatenate([multi_mnist.load_digits(train, ROOT / "data")[0] for train in (True, False)])
+    except DataError as error:
+        pytest.skip(str(error))
     assert len(images) == 70_000
     parts = images[:50_000], images[50_000:60_000], images[60_000:]
     seen = [{image.tobytes() for image in part} for part in parts]
