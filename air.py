@@ -5,13 +5,14 @@ A scene is painted object by object: up to T times, decide whether there is one 
 The guide undoes that: an RNN looks at the image and proposes, object by object, the same choices;
 the image is cropped at the proposed place, and an encoder looks at the crop.
 
-Four things differ from the paper's description, none of them in the generative model:
+Five things differ from the paper's description, none of them in the generative model:
 
 - The log-likelihood is written as a sum of what each object adds to it (see `AIR.model`): the same
   density, but `TraceGraph_ELBO` then sees that a choice does not affect what came before it.
 - The guide's RNN is not told `z_pres`: wherever its output matters, all earlier ones were 1.
 - The image's projection into the RNN is computed once per image (see `modules.ImageLSTM`).
 - The guide predicts `z_where` relative to its prior.
+- While training, the guide keeps a small chance of either choice of `z_pres` (`exploration`).
 """
 
 import os
@@ -28,10 +29,12 @@ from pyro.infer.enum import get_importance_trace
 from pyro.ops.provenance import get_provenance, track_provenance
 from torch import Tensor, nn
 
-from modules import Decoder, Encoder, ImageLSTM, Predict, image_to_object, object_to_image, pose_to_box
+from modules import Decoder, Encoder, ImageLSTM, Predict, Refine, image_to_object, object_to_image, pose_to_box
 
 # The cost to come is some hundreds of nats. A network of unit scale would take long to reach that.
 BASELINE_SCALE = 100.0
+# How wide a look the guide takes at a proposed window, in widths of that window.
+GLIMPSE_WIDTH = 1.5
 
 
 class CheckpointError(Exception):
@@ -70,9 +73,14 @@ class AIR(nn.Module):
     num_steps: T, the most objects an image can have.
     image_size, window_size: sides of the canvas and of an object, in pixels.
     z_what_size, rnn_size, hidden_size, baseline_size: numbers of units.
-    count_ratio: the prior on the count is a geometric one cut off at T, `p(n) ~ count_ratio ** n`.
+    count_ratio: the prior on the count is a geometric one cut off at T, `p(n) ~ count_ratio ** n`;
+        see `set_count_prior`.
     z_where_loc, z_where_scale: mean and sd of the Normal prior on the pose `[s, x, y]`.
     likelihood_sd: sd of the Normal noise on each pixel.
+    exploration: the least probability, while training, that the guide gives to either value of
+        `z_pres_t`. Without it, a guide that has come to stop too early never sees what it misses.
+    refine: whether the guide looks at the window that its RNN proposes, and corrects it, before it
+        chooses `z_where`; the paper's does not.
     baseline: what is subtracted from the cost of a discrete choice to reduce the variance of its
         gradient: "rnn" (a network that sees the image and the choices so far), "average" (a running
         mean) or "none".
@@ -87,20 +95,21 @@ class AIR(nn.Module):
         rnn_size: int = 256,
         hidden_size: int = 200,
         baseline_size: int = 64,
-        count_ratio: float = 1e-4,
+        count_ratio: float = 1.0,
         z_where_loc: tuple[float, float, float] = (3.0, 0.0, 0.0),
         z_where_scale: tuple[float, float, float] = (0.2, 1.0, 1.0),
         likelihood_sd: float = 0.3,
+        exploration: float = 0.03,
+        refine: bool = True,
         baseline: str = "rnn",
     ):
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.num_steps, self.image_size, self.window_size = num_steps, image_size, window_size
-        self.z_what_size, self.likelihood_sd = z_what_size, likelihood_sd
+        self.z_what_size, self.likelihood_sd, self.exploration = z_what_size, likelihood_sd, exploration
 
-        # p(z_pres_t = 1 | z_pres_{t-1} = 1) of the truncated geometric prior: [T]
-        weights = [count_ratio**n for n in range(num_steps + 1)]
-        self.p_more = [sum(weights[t + 1 :]) / sum(weights[t:]) for t in range(num_steps)]
+        self.register_buffer("p_more", torch.empty(num_steps))  # prior's p(z_pres_t = 1 | z_pres_{t-1} = 1)
+        self.set_count_prior(count_ratio)
         self.register_buffer("z_where_loc", torch.tensor(z_where_loc), persistent=False)
         self.register_buffer("z_where_scale", torch.tensor(z_where_scale), persistent=False)
 
@@ -109,10 +118,20 @@ class AIR(nn.Module):
         # The guide's.
         self.rnn = ImageLSTM(image_size, 3 + z_what_size, rnn_size)
         self.predict = Predict(rnn_size, hidden_size, self.z_where_loc, self.z_where_scale)
+        self.refine = Refine(window_size, hidden_size, self.z_where_scale) if refine else None
         self.encode = Encoder(window_size, hidden_size, z_what_size)
         # The baseline's: no part of either distribution, and with a learning rate of its own.
         self.baseline = Baseline(image_size, 3 + z_what_size, baseline_size) if baseline == "rnn" else None
         self.average_baseline = baseline == "average"
+
+    def set_count_prior(self, ratio: float) -> None:
+        """Make the prior on the number of objects `p(n) ~ ratio ** n` for n = 0 .. T.
+
+        A strict one (1e-4) at first keeps the guide from explaining one object by several halves; once
+        the decoder can paint whole objects, a uniform one (1) lets it tell close neighbours apart.
+        """
+        weights = [ratio**n for n in range(self.num_steps + 1)]
+        self.p_more.copy_(torch.tensor([sum(weights[t + 1 :]) / sum(weights[t:]) for t in range(self.num_steps)]))
 
     # -------------------------------------------------------------------------- generative model
 
@@ -171,6 +190,12 @@ class AIR(nn.Module):
         inputs = torch.cat([previous.z_where, previous.z_what], -1)
         rnn = self.rnn(looks[0], inputs, previous.rnn)
         p_more, loc, scale = self.predict(rnn[0])
+        if self.training:
+            p_more = self.exploration + (1 - 2 * self.exploration) * p_more
+        if self.refine is not None:
+            # A pose divided by a number is a window so many times as wide, with the same centre.
+            crop = image_to_object(loc / GLIMPSE_WIDTH, x, self.window_size)
+            loc, scale = self.refine(crop, loc, scale)
 
         baseline, options = previous.baseline, {}
         if self.baseline is not None:
@@ -216,8 +241,11 @@ class AIR(nn.Module):
     @torch.no_grad()
     def infer(self, x: Tensor) -> Inference:
         """What is in the images `x` (floats in [0, 1], `[n, h, h]`), by one sample of the guide."""
+        training = self.training
+        self.eval()
         guide = poutine.trace(self.guide).get_trace(x)
         model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(x)
+        self.train(training)
         log_probs = []
         for trace in (model, guide):
             trace.compute_log_prob()

@@ -81,6 +81,7 @@ def train(args, checkpoint: dict | None) -> None:
             started = time.perf_counter()
             for group, rate in zip(adam.param_groups, rates):
                 group["lr"] = rate * schedule(run.step, args.num_steps)
+            air.set_count_prior(count_ratio(run.step, args.num_steps))
             batch = torch.randint(len(train_x), (args.batch_size,))
             loss = svi.step(to_images(train_x[batch], device))
             run.step += 1
@@ -111,6 +112,11 @@ def make_svi(air: AIR) -> tuple[SVI, torch.optim.Adam]:
 def schedule(step: int, num_steps: int, warm_up: int = 100) -> float:
     """The learning rate at `step`, as a part of its largest: a short linear rise, then half a cosine down to 0."""
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+def count_ratio(step: int, num_steps: int, first: float = 1e-4) -> float:
+    """The ratio of the prior on the count at `step`: from a strict prior to a uniform one, in half of the run."""
+    return first ** max(0.0, 1 - 2 * step / num_steps)
 
 
 class OneOptimizer(PyroOptim):

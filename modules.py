@@ -135,6 +135,27 @@ class Predict(nn.Module):
         )
 
 
+class Refine(nn.Module):
+    """Corrects `q(z_where_t | ..)` after a look at the place it proposes.
+
+    Seen from the window itself, a digit beside its middle looks the same wherever on the canvas it
+    is, so that this is learned once and not for every place. A pose's `x` and `y` are in units of
+    the window's half-width: what has to be added to them can be read off the crop.
+    """
+
+    def __init__(self, window_size: int, hidden_size: int, z_where_scale: Tensor):
+        super().__init__()
+        self.mlp = MLP(window_size**2, hidden_size, 2 * 3)
+        self.register_buffer("z_where_scale", z_where_scale, persistent=False)
+        nn.init.zeros_(self.mlp[-1].weight)  # At first it changes nothing.
+        nn.init.zeros_(self.mlp[-1].bias)
+
+    def forward(self, crop: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The corrected mean and sd, `[batch, 3]` each, from a crop `[batch, w, w]` around the proposed window."""
+        shift, factor = self.mlp(crop.flatten(1)).chunk(2, -1)
+        return loc + self.z_where_scale * shift, scale * 2 * torch.sigmoid(factor)
+
+
 class ImageLSTM(nn.Module):
     """An LSTM cell that sees the same image at every step, beside an input that changes.
 

@@ -49,9 +49,10 @@ COUNTS = [0, 1, 2, 3, 1, 2]
 
 def test_model_density_by_hand(air, x):
     """One image at a time, object by object, stopping at the first z_pres = 0: no masks, no batches."""
+    air.set_count_prior(0.01)
     values = choices(COUNTS)
     actual = log_density(air.model, x, values)
-    prior = [1e-4**n / sum(1e-4**k for k in range(4)) for n in range(4)]
+    prior = [0.01**n / sum(0.01**k for k in range(4)) for n in range(4)]
     for i, count in enumerate(COUNTS):
         expected, canvas = math.log(prior[count]), torch.zeros(50, 50).double()
         for t in range(count):
@@ -63,7 +64,11 @@ def test_model_density_by_hand(air, x):
         assert float(actual[i]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_guide_density_by_hand(air, x):
+@pytest.mark.parametrize("refine", [True, False])
+def test_guide_density_by_hand(x, refine):
+    air = AIR(**SMALL, refine=refine).double().eval()
+    if refine:
+        nn.init.normal_(air.refine.mlp[-1].weight, std=0.3)
     values = choices(COUNTS)
     actual = log_density(air.guide, x, values)
     for i, count in enumerate(COUNTS):
@@ -71,6 +76,8 @@ def test_guide_density_by_hand(air, x):
         for t in range(3):
             state = air.rnn(air.rnn.look(x[i : i + 1]), previous, state)
             p, loc, scale = air.predict(state[0])
+            if refine:
+                loc, scale = air.refine(image_to_object(loc / 1.5, x[i : i + 1], 8), loc, scale)
             if t == count:
                 expected += math.log(1 - p.item())
                 break
@@ -101,9 +108,23 @@ def test_steps_after_the_last_object_contribute_nothing(air, x):
         assert torch.equal(in_model, in_guide) and complete.any()
 
 
+def test_exploration_only_while_training(x):
+    air = AIR(**SMALL, exploration=0.1).double()
+    with torch.no_grad():
+        air.predict.mlp[-1].bias[0] = -1000.0  # the guide is sure that there is nothing
+    assert air.guide(x)[0].p_more.tolist() == pytest.approx([0.1] * 6)
+    with torch.no_grad():
+        air.predict.mlp[-1].bias[0] = 1000.0
+    assert air.guide(x)[0].p_more.tolist() == pytest.approx([0.9] * 6)
+    assert air.infer(x).counts.tolist() == [3] * 6 and air.training
+
+
 def test_prior_over_counts(air):
-    assert torch.tensor(air.p_more).double().cumprod(0).tolist() == pytest.approx(
-        [sum(1e-4**n for n in range(t, 4)) / sum(1e-4**n for n in range(4)) for t in (1, 2, 3)]
+    assert air.p_more.cumprod(0).tolist() == pytest.approx([3 / 4, 2 / 4, 1 / 4])  # uniform
+    air.set_count_prior(0.01)
+    total = 1 + 0.01 + 0.01**2 + 0.01**3
+    assert air.p_more.cumprod(0).tolist() == pytest.approx(
+        [1 - 1 / total, (0.01**2 + 0.01**3) / total, 0.01**3 / total]
     )
     loose = AIR(**SMALL, count_ratio=0.5)
     with pyro.plate("scenes", 20_000):
@@ -190,6 +211,8 @@ def test_gradient_is_unbiased():
 def test_inference_reads_the_guide_out(air, x):
     torch.manual_seed(5)
     seen = air.infer(x)
+    assert air.training
+    air.eval()
     torch.manual_seed(5)
     loss = TraceGraph_ELBO(max_plate_nesting=1).loss(air.model, air.guide, x)
     assert float(seen.elbo.sum()) == pytest.approx(-loss)
@@ -225,7 +248,7 @@ def test_checkpoint_round_trip(tmp_path, x):
     air = AIR(**SMALL, count_ratio=0.1)
     air.save(tmp_path / "air.pt", step=7)
     again = AIR.load(tmp_path / "air.pt")
-    assert again.config == air.config and again.p_more == air.p_more
+    assert again.config == air.config and torch.equal(again.p_more, air.p_more)
     assert all(torch.equal(a, b) for a, b in zip(air.parameters(), again.parameters()))
     assert [file.name for file in tmp_path.iterdir()] == ["air.pt"]
 
