@@ -5,13 +5,14 @@ A scene is painted object by object: up to T times, decide whether there is one 
 The guide undoes that: an RNN looks at the image and proposes, object by object, the same choices;
 the image is cropped at the proposed place, and an encoder looks at the crop.
 
-Five things differ from the paper's description, none of them in the generative model:
+Some things differ from the paper's description, none of them in the generative model:
 
 - The log-likelihood is written as a sum of what each object adds to it (see `AIR.model`): the same
   density, but `TraceGraph_ELBO` then sees that a choice does not affect what came before it.
 - The guide's RNN is not told `z_pres`: wherever its output matters, all earlier ones were 1.
 - The image's projection into the RNN is computed once per image (see `modules.ImageLSTM`).
 - The guide predicts `z_where` relative to its prior.
+- The guide looks at the window that its RNN proposes and corrects it (`refine`).
 - While training, the guide keeps a small chance of either choice of `z_pres` (`exploration`).
 """
 

@@ -70,6 +70,15 @@ def test_eval_only_prints_the_line_of_the_run(run, run_main, tmp_path, scenes):
     assert line["count_accuracy"] is line["confusion"] is line["count_accuracy_mode"] is None
 
 
+def test_schedules():
+    rates = [main.schedule(step, 4000) for step in range(4000)]
+    assert rates[0] == pytest.approx(0.01) and max(rates) > 0.99 and rates[-1] < 1e-6
+    assert rates[2000] == pytest.approx(0.5)
+    ratios = [main.count_ratio(step, 4000) for step in range(4000)]
+    assert ratios[0] == pytest.approx(1e-4) and ratios[1000] == pytest.approx(1e-2)
+    assert set(ratios[2000:]) == {1.0} and ratios == sorted(ratios)
+
+
 INTERRUPTED = """
 import sys
 sys.path.insert(0, {root!r})
