@@ -5,10 +5,11 @@ A scene is painted object by object: up to T times, decide whether there is one 
 The guide undoes that: an RNN looks at the image and proposes, object by object, the same choices;
 the image is cropped at the proposed place, and an encoder looks at the crop.
 
-Some things differ from the paper's description, none of them in the generative model:
+What differs from the paper's description; the generative model's structure is the same:
 
 - The log-likelihood is written as a sum of what each object adds to it (see `AIR.model`): the same
   density, but `TraceGraph_ELBO` then sees that a choice does not affect what came before it.
+- The prior on the number of objects may change while training (see `AIR.set_count_prior`).
 - The guide's RNN is not told `z_pres`: wherever its output matters, all earlier ones were 1.
 - The image's projection into the RNN is computed once per image (see `modules.ImageLSTM`).
 - The guide predicts `z_where` relative to its prior.
@@ -104,6 +105,8 @@ class AIR(nn.Module):
         refine: bool = True,
         baseline: str = "rnn",
     ):
+        if baseline not in ("rnn", "average", "none"):
+            raise ValueError(f"baseline must be 'rnn', 'average' or 'none', not {baseline!r}")
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.num_steps, self.image_size, self.window_size = num_steps, image_size, window_size
@@ -174,7 +177,7 @@ class AIR(nn.Module):
         charged only with what happens from its step on, which takes most of the noise out of its
         gradient; and summing over all counts needs T + 1 canvases, not 2^T.
         """
-        pyro.module("air", self)
+        pyro.module("air", self)  # all parameters, the guide's as well
         with pyro.plate("scenes", len(x), dim=-1, device=x.device):
             z_pres, z_where, z_what = self.prior(len(x))
             _, canvases = self.paint(z_where, z_what)
@@ -219,7 +222,6 @@ class AIR(nn.Module):
 
     def guide(self, x: Tensor) -> list[Step]:
         """Sample `q(z | x)` for images `[n, h, h]`; returns the T steps."""
-        pyro.module("air", self)
         n = len(x)
         looks = (self.rnn.look(x), self.baseline and self.baseline.rnn.look(x))
         step = Step(
@@ -250,9 +252,7 @@ class AIR(nn.Module):
         log_probs = []
         for trace in (model, guide):
             trace.compute_log_prob()
-            log_probs.append(
-                sum(trace.nodes[name]["log_prob"] for name in trace.nodes if "log_prob" in trace.nodes[name])
-            )
+            log_probs.append(sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site))
 
         steps = guide.nodes["_RETURN"]["value"]
         z_where = torch.stack([step.z_where for step in steps])

@@ -51,9 +51,10 @@ def main() -> None:
             print(json.dumps(evaluate_only(args, checkpoint)))
         else:
             train(args, checkpoint)
-    except (CheckpointError, DataError, UsageError) as error:
+    except (CheckpointError, DataError, UsageError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
+        print("interrupted: --load goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
@@ -259,17 +260,24 @@ def make_parser() -> argparse.ArgumentParser:
     add("-lr", "--learning-rate", type=positive(float), default=2e-3, help="largest learning rate of model and guide")
     add("-blr", "--baseline-learning-rate", type=positive(float), default=2e-3, help="the same of the baseline")
     add("-t", "--model-steps", type=positive(int), default=3, help="most objects in an image, T")
-    add("--seed", type=int, default=0, help="of training; the scenes are the same for everyone")
+    add("--seed", type=seed, default=0, help="of training; the scenes are the same for everyone")
     add("--cuda", action="store_true", help="train on the GPU")
     add("--eval-every", type=positive(int), default=500, metavar="STEPS", help="evaluate on validation scenes")
     add("--save-every", type=positive(int), default=500, metavar="STEPS", help="write the checkpoint")
-    add("--data-dir", type=Path, default="data", metavar="DIR", help="where digits and scenes are kept")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where digits and scenes are kept")
     add("--mnist-root", type=Path, metavar="DIR", help="a copy of MNIST you have, in torchvision's layout")
     add("--out", type=Path, metavar="DIR", help="the run's folder; if not given, runs/<date>-<time>-seed<seed>")
     add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: go on with it")
     add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes, print one JSON object")
     add("--data", type=Path, metavar="NPZ", help="with --eval-only: evaluate on your own images")
     return parser
+
+
+def seed(text: str) -> int:
+    """An argparse type: what every random number generator takes as a seed."""
+    if not 0 <= int(text) < 2**32:
+        raise ValueError
+    return int(text)
 
 
 def positive(number: type):
@@ -287,6 +295,9 @@ def positive(number: type):
 
 def adopt_flags(parser: argparse.ArgumentParser, checkpoint: dict) -> argparse.Namespace:
     """Parse again with the run's own flags as defaults; those that make the run what it is cannot change."""
+    missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng"} - checkpoint.keys()
+    if missing:
+        raise CheckpointError(f"the checkpoint is not of a run of this script: it has no {', '.join(sorted(missing))}")
     flags = checkpoint["flags"]
     parser.set_defaults(**flags)
     args = parser.parse_args()
@@ -305,8 +316,12 @@ def check_flags(args) -> None:
         raise UsageError("--cuda: no CUDA device was found")
     if args.eval_only and not args.load:
         raise UsageError("--eval-only needs --load")
+    if args.data_dir.exists() and not args.data_dir.is_dir():
+        raise UsageError(f"--data-dir {args.data_dir} is not a folder")
     if args.data and not args.eval_only:
         raise UsageError("--data needs --eval-only")
+    if args.eval_only and args.out:
+        raise UsageError("--out has no use with --eval-only, which writes no file")
     if args.eval_only:
         return
     if args.out is None:

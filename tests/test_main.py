@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 import main
+from air import AIR
 
 SHORT = ("-n", 6, "-b", 8, "--eval-every", 2, "--save-every", 3)
 
@@ -83,6 +84,7 @@ INTERRUPTED = """
 import sys
 sys.path.insert(0, {root!r})
 import main
+from air import AIR
 save = main.Run.save
 def save_and_stop(run):
     save(run)
@@ -120,6 +122,8 @@ BAD = {
     ("--cuda",): "no CUDA device",
     ("--eval-only",): "needs --load",
     ("--data", "x.npz"): "needs --eval-only",
+    ("--seed", "-1"): "invalid seed value: '-1'",
+    ("--data-dir", str(ROOT / "README.md")): "README.md is not a folder",
     ("-n", "-5"): "--num-steps: invalid int greater than 0 value: '-5'",
     ("-n", "0"): "greater than 0",
     ("-b", "many"): "greater than 0",
@@ -130,7 +134,7 @@ BAD = {
     ("--load", "nowhere"): "no such checkpoint: nowhere",
     ("--load", str(ROOT / "README.md")): "not a checkpoint",
     ("--mnist-root", "nowhere", "--data-dir", "nowhere"): "no intact MNIST in nowhere",
-    ("--out", str(ROOT / "README.md")): "not a folder",
+    ("--out", str(ROOT / "README.md")): "README.md is not a folder",
     ("--out", str(ROOT / "tests")): "not empty",
 }
 
@@ -163,6 +167,9 @@ def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scen
     assert "--batch-size 16 contradicts" in error("-b", 16)
     assert "--seed 1 contradicts" in error("--seed", 1)
     assert "already at step 6" in error("-n", 5)
+    assert "has no use" in error("--eval-only", "--out", tmp_path / "out")
+    AIR().save(tmp_path / "only_parameters.pt")
+    assert "not of a run of this script" in error("--load", tmp_path / "only_parameters.pt")
     np.savez(tmp_path / "small.npz", x=scenes.x[:, :40, :40])
     assert "40 pixels" in error("--eval-only", "--data", tmp_path / "small.npz")
     assert [line["step"] for line in metrics(folder)] == [2, 4, 6, 6]

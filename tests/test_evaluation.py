@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+import torch
+
+from air import AIR
+from evaluation import evaluate
+from multi_mnist import Scenes
+
+
+@pytest.fixture(scope="module")
+def air():
+    torch.manual_seed(0)
+    return AIR(rnn_size=16, hidden_size=16, baseline_size=8)
+
+
+def test_the_numbers_are_what_they_are_called(air, scenes):
+    result = evaluate(air, scenes, batch_size=64)
+    torch.manual_seed(0)
+    x = torch.from_numpy(scenes.x).float() / 255
+    seen = [air.infer(x[start : start + 64]) for start in range(0, 200, 64)]
+    counts = np.concatenate([part.counts for part in seen])
+    modes = np.concatenate([part.count_probs.argmax(1) for part in seen])
+    assert result["images"] == 200
+    assert result["count_accuracy"] == np.mean(counts == scenes.counts)
+    assert result["count_accuracy_mode"] == np.mean(modes == scenes.counts)
+    assert result["elbo"] == pytest.approx(np.concatenate([part.elbo for part in seen]).mean(), rel=1e-5)
+    assert result["last_step_rate"] == np.mean(counts == 3)
+    for true, row in enumerate(result["confusion"]):
+        assert row == [int(((scenes.counts == true) & (counts == n)).sum()) for n in range(4)]
+
+
+def test_any_batch_size_and_the_same_again(air, scenes):
+    few = Scenes(scenes.x[:10], scenes.counts[:10])
+    results = [evaluate(air, few, batch_size=size) for size in (1, 3, 10, 500, 500)]
+    assert all(result["images"] == 10 and np.sum(result["confusion"]) == 10 for result in results)
+    assert results[-1] == results[-2] == results[-3]
+
+
+def test_it_disturbs_nothing(air, scenes):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    evaluate(air, Scenes(scenes.x[:5], scenes.counts[:5]))
+    assert torch.equal(torch.rand(4), expected)
+    assert air.training and all(p.grad is None for p in air.parameters())
+
+
+def test_without_true_counts(air, scenes):
+    result = evaluate(air, Scenes(scenes.x[:5] / np.float32(255)))
+    assert result["images"] == 5 and np.isfinite(result["elbo"])
+    assert result["count_accuracy"] is result["count_accuracy_mode"] is result["confusion"] is None
