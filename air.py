@@ -28,7 +28,7 @@ import torch
 from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
 from pyro.infer.enum import get_importance_trace
-from pyro.ops.provenance import get_provenance, track_provenance
+from pyro.ops.provenance import ProvenanceTensor, get_provenance
 from torch import Tensor, nn
 
 from modules import Decoder, Encoder, ImageLSTM, Predict, Refine, image_to_object, object_to_image, pose_to_box
@@ -344,6 +344,12 @@ def read_checkpoint(path) -> dict:
     return checkpoint
 
 
+class Labelled(ProvenanceTensor):
+    """A tensor that says which choices it depends on, but does not pass it on to what is computed from it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # as nn.Parameter has it
+
+
 class StaticTraceGraph_ELBO(TraceGraph_ELBO):
     """TraceGraph_ELBO for programs in which it never changes which choice affects which cost.
 
@@ -369,5 +375,5 @@ class StaticTraceGraph_ELBO(TraceGraph_ELBO):
             for trace, dependencies in zip(traces, self.dependencies):
                 for name, upstream in dependencies.items():
                     site = trace.nodes[name]
-                    site["log_prob_sum"] = track_provenance(site["log_prob_sum"], upstream)
+                    site["log_prob_sum"] = Labelled(site["log_prob_sum"], upstream)
         return traces
