@@ -56,9 +56,6 @@ def test_two_digits_are_the_sum_of_both():
         for (x, y, w, h), label in zip(boxes, labels):
             if label >= 0:
                 expected[y + 3 : y + h - 3, x + 3 : x + w - 3] += (100, 150)[label]
-        inner = expected > 0
-        single = inner & (np.isin(expected, (100, 150)))
-        assert np.abs(image.astype(int)[single] - expected[single]).max(initial=0) <= 150
         assert (image[expected == 250] == 250).all()
 
 
