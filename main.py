@@ -74,7 +74,7 @@ def train(args, checkpoint: dict | None) -> None:
     air.to(device)
 
     svi, adam = make_svi(air)
-    pyro.enable_validation(False)  # Its checks of every distribution take 5% of a step.
+    pyro.enable_validation(False)  # Its checks of every distribution take time; tests leave them on.
     rates = (args.learning_rate, args.baseline_learning_rate)
 
     run = Run(args, air, adam, checkpoint)

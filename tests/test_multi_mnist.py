@@ -37,8 +37,6 @@ def test_scenes_follow_the_rule(digits):
     assert multi_mnist.digest(scenes) == multi_mnist.digest(again) != multi_mnist.digest(other)
     assert np.abs(np.bincount(scenes.counts) - 1000).max() < 120
     assert np.abs(np.bincount(scenes.labels[scenes.labels >= 0]) - 300).max() < 75
-    # Ink is never lost to overflow: what is painted is what single digits of that size hold.
-    assert scenes.x.dtype == np.uint8 and scenes.x.max() <= 255
     x, y, w, h = scenes.boxes[scenes.boxes[..., 0] >= 0].T
     assert min(x.min(), y.min()) >= 0 and (x + w).max() <= 50 and (y + h).max() <= 50
     # Placed uniformly: as often in the left half as in the right, and above as below.
@@ -57,6 +55,19 @@ def test_two_digits_are_the_sum_of_both():
             if label >= 0:
                 expected[y + 3 : y + h - 3, x + 3 : x + w - 3] += (100, 150)[label]
         assert (image[expected == 250] == 250).all()
+
+
+def test_digits_whose_sum_would_overflow_are_placed_again():
+    """Digits so bright that two of them never fit on one pixel: their cores never overlap."""
+    digits = np.zeros((1, 28, 28), np.uint8)
+    digits[0, 8:20, 8:20] = 200
+    scenes = compose(digits, np.array([0]), n=600, rng=np.random.default_rng(0))
+    assert set(scenes.counts) == {0, 1, 2}
+    for boxes, count in zip(scenes.boxes, scenes.counts):
+        cores = np.zeros((50, 50), int)
+        for x, y, w, h in boxes[:count]:
+            cores[y + 3 : y + h - 3, x + 3 : x + w - 3] += 1
+        assert cores.max() <= 1
 
 
 def test_more_digits_and_other_canvases(digits):
