@@ -19,7 +19,7 @@ import pyro
 import torch
 import torchvision
 from PIL import Image
-from pyro.infer import SVI
+from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from pyro.optim import PyroOptim
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ PICTURES = {
     "reconstruction": "The same scenes as the model paints them",
 }
 # What a run is: a resumed run keeps these, and may be given others for the rest.
-FIXED = ("batch_size", "learning_rate", "baseline_learning_rate", "seed", "model_steps")
+FIXED = ("batch_size", "learning_rate", "baseline_learning_rate", "seed", "model_steps", "estimator", "baseline")
 
 
 def main() -> None:
@@ -70,10 +70,13 @@ def train(args, checkpoint: dict | None) -> None:
     train_x = torch.from_numpy(train_scenes.x)  # uint8; a mini-batch becomes floats when it is drawn
 
     pyro.set_rng_seed(args.seed)
-    air = AIR.from_checkpoint(checkpoint, args.load) if checkpoint else AIR(num_steps=args.model_steps)
+    if checkpoint:
+        air = AIR.from_checkpoint(checkpoint, args.load)
+    else:
+        air = AIR(num_steps=args.model_steps, baseline=args.baseline)
     air.to(device)
 
-    svi, adam = make_svi(air)
+    svi, adam = make_svi(air, args.estimator)
     pyro.enable_validation(False)  # Its checks of every distribution take time; tests leave them on.
     rates = (args.learning_rate, args.baseline_learning_rate)
 
@@ -103,12 +106,21 @@ def train(args, checkpoint: dict | None) -> None:
     print(summary(result, run.folder))
 
 
-def make_svi(air: AIR) -> tuple[SVI, torch.optim.Adam]:
-    """The inference algorithm, and the optimizer behind it: one Adam, a parameter group for the baseline's rate."""
-    baseline = list(air.baseline.parameters())
+def make_svi(air: AIR, estimator: str) -> tuple[SVI, torch.optim.Adam]:
+    """The inference algorithm, and the optimizer behind it: one Adam, a parameter group for the baseline's rate.
+
+    estimator: "tracegraph" samples `z_pres` and reduces the variance of its gradient; "traceenum" sums
+        over its values, all T + 1 counts, and has no such variance. The rest is sampled by both.
+    """
+    baseline = [p for name, p in air.named_parameters() if name.startswith("baseline.")]
     others = [p for name, p in air.named_parameters() if not name.startswith("baseline.")]
     adam = torch.optim.Adam([{"params": others}, {"params": baseline}], fused=True)
-    return SVI(air.model, air.guide, OneOptimizer(adam), StaticTraceGraph_ELBO(max_plate_nesting=1)), adam
+    if estimator == "tracegraph":
+        guide, elbo = air.guide, StaticTraceGraph_ELBO(max_plate_nesting=1)
+    else:
+        # z_pres is the guide's only discrete choice.
+        guide, elbo = config_enumerate(air.guide), TraceEnum_ELBO(max_plate_nesting=1)
+    return SVI(air.model, guide, OneOptimizer(adam), elbo), adam
 
 
 def schedule(step: int, num_steps: int, warm_up: int = 100) -> float:
@@ -260,6 +272,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("-b", "--batch-size", type=positive(int), default=128, help="images per step")
     add("-lr", "--learning-rate", type=positive(float), default=2e-3, help="largest learning rate of model and guide")
     add("-blr", "--baseline-learning-rate", type=positive(float), default=2e-3, help="the same of the baseline")
+    add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
+    add("--baseline", choices=["rnn", "average", "none"], help="of tracegraph, against variance; if not given, rnn")
     add("-t", "--model-steps", type=positive(int), default=3, help="most objects in an image, T")
     add("--seed", type=seed, default=0, help="of training; the scenes are the same for everyone")
     add("--cuda", action="store_true", help="train on the GPU")
@@ -297,6 +311,7 @@ def positive(number: type):
 def adopt_flags(parser: argparse.ArgumentParser, checkpoint: dict) -> argparse.Namespace:
     """Parse again with the run's own flags as defaults; those that make the run what it is cannot change."""
     missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng"} - checkpoint.keys()
+    missing |= {f"--{name.replace('_', '-')}" for name in FIXED if name not in checkpoint.get("flags", FIXED)}
     if missing:
         raise CheckpointError(f"the checkpoint is not of a run of this script: it has no {', '.join(sorted(missing))}")
     flags = checkpoint["flags"]
@@ -325,6 +340,10 @@ def check_flags(args) -> None:
         raise UsageError("--out has no use with --eval-only, which writes no file")
     if args.eval_only:
         return
+    if args.estimator == "traceenum" and args.baseline not in (None, "none"):
+        raise UsageError(f"--baseline {args.baseline} has no use with traceenum, which samples no z_pres")
+    if args.baseline is None:
+        args.baseline = "none" if args.estimator == "traceenum" else "rnn"
     if args.out is None:
         started = datetime.now().strftime("%Y%m%d-%H%M%S")
         args.out = args.load.parent if args.load else Path("runs", f"{started}-seed{args.seed}")

@@ -1,5 +1,5 @@
+import itertools
 import math
-import warnings
 
 import pyro
 import pytest
@@ -9,6 +9,7 @@ from pyro.infer import TraceGraph_ELBO
 from torch import nn
 
 from air import AIR, CheckpointError, StaticTraceGraph_ELBO
+from main import make_svi
 from modules import image_to_object, object_to_image
 
 SMALL = {"image_size": 50, "window_size": 8, "z_what_size": 4, "rnn_size": 16, "hidden_size": 12, "baseline_size": 8}
@@ -170,42 +171,75 @@ def test_static_tracegraph_is_tracegraph(x, baseline):
         assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_gradient_is_unbiased():
-    """The mean of many TraceGraph gradients agrees with the exact one where only z_pres is random."""
-    pyro.set_rng_seed(1)
-    air = AIR(**SMALL | {"num_steps": 2, "image_size": 12}).double()
-    x = torch.rand(1, 12, 12).double()
-    # Poses and codes held fixed: what is left of the guide is q(z_pres), two numbers.
-    fixed = {name: value[:1] for name, value in choices([2], 2).items() if "z_pres" not in name}
+def brute_force_elbo(air, x, seed):
+    """The ELBO with `z_pres` summed out: a run of guide and model for each of its 2^T sequences."""
+    elbo = 0.0
+    for sequence in itertools.product([0.0, 1.0], repeat=air.num_steps):
+        z_pres = {f"z_pres_{t}": torch.full((len(x),), value).double() for t, value in enumerate(sequence)}
+        torch.manual_seed(seed)  # the same poses and codes each time
+        guide = poutine.trace(poutine.condition(air.guide, z_pres)).get_trace(x)
+        model = poutine.trace(poutine.replay(poutine.condition(air.model, z_pres), trace=guide)).get_trace(x)
+        for trace in (guide, model):
+            trace.compute_log_prob()
+        log_q = sum(guide.nodes[name]["log_prob"] for name in z_pres)
+        log_p, log_q_all = (
+            sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site) for trace in (model, guide)
+        )
+        elbo = elbo + (log_q.exp() * (log_p - log_q_all)).sum()
+    return elbo
 
-    def guide(x):
-        return poutine.condition(air.guide, fixed)(x)
 
-    def model(x):
-        return poutine.condition(air.model, fixed)(x)
+@pytest.mark.parametrize("num_steps", [2, 3])
+def test_traceenum_is_the_sum_over_all_counts(x, num_steps):
+    """Same loss and same gradients as autograd through the sum by brute force."""
+    air = AIR(**SMALL, num_steps=num_steps, baseline="none").double()
+    nn.init.normal_(air.refine.mlp[-1].weight, std=0.1)
+    svi, _ = make_svi(air, "traceenum")
+    names, parameters = zip(*air.named_parameters())
+    expected = brute_force_elbo(air, x, seed=1)
+    gradients = torch.autograd.grad(-expected, parameters)
+    torch.manual_seed(1)
+    assert svi.loss_and_grads(svi.model, svi.guide, x) == pytest.approx(-expected.item(), rel=1e-12)
+    for name, parameter, gradient in zip(names, parameters, gradients):
+        assert gradient.abs().max() > 1e-6, name
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-7, atol=1e-9, msg=name)
 
-    exact = 0.0
-    for count in range(3):
-        values = fixed | {f"z_pres_{t}": torch.tensor([float(count > t)]).double() for t in range(2)}
-        trace = poutine.trace(poutine.condition(air.guide, values)).get_trace(x)
-        log_q = trace.log_prob_sum(lambda name, site: name.startswith("z_pres"))
-        elbo = log_density(air.model, x, values).sum() - trace.log_prob_sum().detach()
-        # The gradient of the mean of log q itself is 0, so that only the weight needs one.
-        exact = exact + log_q.exp() * elbo
-    weight = air.predict.mlp[-1].weight
-    (expected,) = torch.autograd.grad(-exact, weight)
 
-    elbo = StaticTraceGraph_ELBO(max_plate_nesting=1)
-    samples = []
-    for _ in range(400):
+def gradients(air, estimator, x, calls):
+    """Gradients of many calls, each a row, by parameter group."""
+    svi, _ = make_svi(air, estimator)
+    rows = []
+    for _ in range(calls):
         air.zero_grad()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pyro's, that the guide has sites with fixed values
-            elbo.loss_and_grads(model, guide, x)
-        samples.append(weight.grad[0].clone())
-    samples = torch.stack(samples)
-    error = samples.std(0) / math.sqrt(len(samples))
-    assert ((samples.mean(0) - expected[0]).abs() < 4.5 * error + 1e-9).all()
+        svi.loss_and_grads(svi.model, svi.guide, x)
+        rows.append({name: p.grad.flatten().clone() for name, p in air.named_parameters()})
+    groups = ("decode", "rnn", "predict", "refine", "encode")
+    return {g: torch.stack([torch.cat([row[n] for n in row if n.startswith(g + ".")]) for row in rows]) for g in groups}
+
+
+@pytest.mark.parametrize("baseline", ["rnn", "average", "none"])
+def test_tracegraph_is_unbiased(x, baseline):
+    """The mean of its gradients is that of the exact sums, within the standard error, in every group."""
+    x = x[:3].repeat(40, 1, 1)  # so that each call is a mean over as many samples
+    results = []
+    for estimator, options in ("traceenum", "none"), ("tracegraph", baseline):
+        pyro.set_rng_seed(7)
+        air = AIR(**SMALL, baseline="none").double()
+        nn.init.normal_(air.refine.mlp[-1].weight, std=0.1)
+        other = AIR(**SMALL, baseline=options).double()
+        other.load_state_dict(air.state_dict(), strict=False)  # all but a baseline
+        results.append(gradients(other, estimator, x, calls=40))
+    exact, sampled = results
+    for group in exact:
+        # Along some random directions, and along the gradient itself, where a wrong scale would show most.
+        directions = torch.cat([torch.randn(8, exact[group].shape[1]).double(), exact[group].mean(0, keepdim=True)])
+        means, errors = [], []
+        for rows in (exact[group], sampled[group]):
+            along = rows @ directions.T
+            means.append(along.mean(0))
+            errors.append(along.std(0) / len(rows) ** 0.5)
+        z = (means[0] - means[1]) / torch.stack(errors).square().sum(0).sqrt()
+        assert z.abs().max() < 4.5, (group, z)
 
 
 def test_inference_reads_the_guide_out(air, x):

@@ -71,6 +71,23 @@ def test_eval_only_prints_the_line_of_the_run(run, run_main, tmp_path, scenes):
     assert line["count_accuracy"] is line["confusion"] is line["count_accuracy_mode"] is None
 
 
+@pytest.mark.parametrize(
+    "flags", [("--estimator", "traceenum"), ("--baseline", "average"), ("--baseline", "none")], ids=" ".join
+)
+def test_the_other_estimators(flags, run, run_main, tmp_path):
+    """They train to other parameters than the default, from the same ones, and can be resumed."""
+    finished = run_main(*SHORT, *flags, "--out", tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert not any(name.startswith("baseline.") for name in checkpoint["parameters"])
+    decoder = "decode.mlp.0.weight"
+    default = torch.load(run[0] / "checkpoint.pt", weights_only=True)["parameters"][decoder]
+    assert 0 < (checkpoint["parameters"][decoder] - default).abs().max() < 0.1
+    resumed = run_main("--load", tmp_path / "run", "-n", 8, "--out", tmp_path / "longer")
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(tmp_path / "longer")[-1]["step"] == 8
+
+
 def test_schedules():
     rates = [main.schedule(step, 4000) for step in range(4000)]
     assert rates[0] == pytest.approx(0.01) and max(rates) > 0.99 and rates[-1] < 1e-6
@@ -134,6 +151,8 @@ BAD = {
     ("--load", "nowhere"): "no such checkpoint: nowhere",
     ("--load", str(ROOT / "README.md")): "not a checkpoint",
     ("--mnist-root", "nowhere", "--data-dir", "nowhere"): "no intact MNIST in nowhere",
+    ("--estimator", "exact"): "invalid choice: 'exact'",
+    ("--estimator", "traceenum", "--baseline", "rnn"): "--baseline rnn has no use with traceenum",
     ("--out", str(ROOT / "README.md")): "README.md is not a folder",
     ("--out", str(ROOT / "tests")): "not empty",
 }
@@ -166,6 +185,8 @@ def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scen
 
     assert "--batch-size 16 contradicts" in error("-b", 16)
     assert "--seed 1 contradicts" in error("--seed", 1)
+    assert "--estimator traceenum contradicts" in error("--estimator", "traceenum", "--baseline", "none")
+    assert "--baseline average contradicts" in error("--baseline", "average")
     assert "already at step 6" in error("-n", 5)
     assert "has no use" in error("--eval-only", "--out", tmp_path / "out")
     AIR().save(tmp_path / "only_parameters.pt")
