@@ -36,15 +36,15 @@ PICTURES = {
 FIXED = ("batch_size", "learning_rate", "baseline_learning_rate", "seed", "model_steps", "estimator", "baseline")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         checkpoint = None
         if args.load:
             path = args.load / "checkpoint.pt" if args.load.is_dir() else args.load
             checkpoint = read_checkpoint(path)
-            args = adopt_flags(parser, checkpoint)
+            args = adopt_flags(parser, argv, checkpoint)
             args.load = path
         check_flags(args)
         if args.eval_only:
@@ -308,7 +308,7 @@ def positive(number: type):
     return parse
 
 
-def adopt_flags(parser: argparse.ArgumentParser, checkpoint: dict) -> argparse.Namespace:
+def adopt_flags(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: dict) -> argparse.Namespace:
     """Parse again with the run's own flags as defaults; those that make the run what it is cannot change."""
     missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng"} - checkpoint.keys()
     missing |= {f"--{name.replace('_', '-')}" for name in FIXED if name not in checkpoint.get("flags", FIXED)}
@@ -316,7 +316,7 @@ def adopt_flags(parser: argparse.ArgumentParser, checkpoint: dict) -> argparse.N
         raise CheckpointError(f"the checkpoint is not of a run of this script: it has no {', '.join(sorted(missing))}")
     flags = checkpoint["flags"]
     parser.set_defaults(**flags)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in FIXED:
         if getattr(args, name) != flags[name]:
             flag = name.replace("_", "-")

@@ -1,6 +1,7 @@
-"""How many training steps per second, against a naive version of the same model, side by side.
+"""How fast AIR trains and infers, against a naive version of it and against what the machine can do.
 
-    python benchmarks/speed.py
+    python benchmarks/speed.py            # steps per second, beside the naive version and the floor
+    python benchmarks/speed.py --all      # also inference, memory, and how the time of a step grows
 
 The naive version is AIR as it is usually written: the LSTMs of guide and baseline, 256 units each,
 are fed the raw image at every step; objects are placed with affine_grid and grid_sample; the
@@ -9,29 +10,41 @@ Pyro gives every parameter an optimizer of its own, and validates every distribu
 slowness was put in. Ours is what main.py trains by default: its baseline has 64 units, and its guide
 does a little more (`refine`).
 
-The two take turns in short rounds, so that both see the machine in the same mood. The last line is
-a JSON object with the medians.
+The floor is what a step cannot do without: its matrix products, forward and backward, recorded as
+they happen and timed by themselves; and the bytes that Adam has to move (each parameter, its
+gradient and its two moments are read, all but the gradient written: 28 bytes), at the speed of a copy.
+
+The versions take turns in short rounds, so that all see the machine in the same mood. The last line
+is a JSON object with the medians.
 """
 
 import argparse
 import json
+import math
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from air import AIR
 from evaluation import to_images
 from main import make_svi
+
+ROOT = Path(__file__).parent.parent
 
 
 class NaiveAIR(nn.Module):
@@ -100,51 +113,187 @@ def naive_step(x_all, batch_size):
     return SVI(naive.model, naive.guide, pyro.optim.Adam(rates), TraceGraph_ELBO(max_plate_nesting=1)).step
 
 
-def our_step(x_all, batch_size):
-    svi, _ = make_svi(AIR())
+def our_step(x_all, batch_size, estimator="tracegraph", **sizes):
+    air = AIR(baseline="rnn" if estimator == "tracegraph" else "none", **sizes)
+    svi, _ = make_svi(air, estimator)
 
     def step():
         svi.step(to_images(x_all[torch.randint(len(x_all), (batch_size,))]))
 
+    step.parameters = sum(p.numel() for p in air.parameters())
     return step
 
 
+# ------------------------------------------------------------------------------------- the floor
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Records the matrix products that are computed while it is active."""
+
+    OPERATIONS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in self.OPERATIONS:
+            self.products.append((operation, [(tensor.shape, tensor.stride()) for tensor in args]))
+        return operation(*args, **(kwargs or {}))
+
+    def multiply_adds(self):
+        """Of each product [.., m, k] times [.., k, n], m * k * n."""
+        return sum(math.prod(shapes[-2][0]) * shapes[-1][0][-1] for _, shapes in self.products)
+
+    def replay(self):
+        """A function that does nothing but these products, on numbers of its own."""
+        calls = []
+        for operation, shapes in self.products:
+            calls.append((operation, [torch.empty_strided(*shape).normal_() for shape in shapes]))
+
+        def run():
+            for operation, tensors in calls:
+                operation(*tensors)
+
+        return run
+
+
+def copying(parameters):
+    """A function that moves as many bytes as Adam must for so many parameters: 28 for each."""
+    source = torch.ones(7 * parameters // 2)  # Copying reads and writes 4 bytes a number.
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+# ---------------------------------------------------------------------------------- measurements
+
+
+def interleaved(functions, rounds, repeats, before=lambda name: None):
+    """Seconds per call of each function, one number a round; the functions take turns."""
+    seconds = {name: [] for name in functions}
+    for round in range(rounds + 1):
+        for name, function in functions.items():
+            before(name)
+            started = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            if round:  # The first one warms up.
+                seconds[name].append((time.perf_counter() - started) / repeats)
+    return seconds
+
+
+def training(x_all, args):
+    """The table of the versions and their floors; returns the JSON line."""
+    ours = {name: our_step(x_all, args.batch_size, name) for name in ("tracegraph", "traceenum")}
+    functions = {"naive": naive_step(x_all, args.batch_size), **ours}
+    pyro.enable_validation(False)
+    work = {}
+    for name, step in ours.items():
+        step()
+        with MatrixProducts() as recorded:
+            step()
+        work[name] = recorded
+        functions[f"{name} products"] = recorded.replay()
+        functions[f"{name} copy"] = copying(step.parameters)
+    # Validation is Pyro's default; main.py turns it off.
+    seconds = interleaved(functions, args.rounds, args.steps, lambda name: pyro.enable_validation(name == "naive"))
+    floors = {name: [a + b for a, b in zip(seconds[f"{name} products"], seconds[f"{name} copy"])] for name in ours}
+
+    def ratio(numerator, denominator):
+        return median(n / d for n, d in zip(numerator, denominator))
+
+    print(f"{'version':>12} {'ms/step':>9} {'steps/s':>9} {'x naive':>8} {'floor, ms':>10} {'x floor':>8}")
+    print(f"{'naive':>12} {1000 * median(seconds['naive']):>9.1f} {1 / median(seconds['naive']):>9.1f}")
+    result = {"naive_steps_per_s": 1 / median(seconds["naive"])}
+    for name, suffix in (("tracegraph", ""), ("traceenum", "_traceenum")):
+        step = median(seconds[name])
+        result |= {
+            f"steps_per_s{suffix}": 1 / step,
+            f"ratio{suffix}": ratio(seconds["naive"], seconds[name]),
+            f"floor_ratio{suffix}": ratio(seconds[name], floors[name]),
+        }
+        print(
+            f"{name:>12} {1000 * step:>9.1f} {1 / step:>9.1f} {result[f'ratio{suffix}']:>8.2f}"
+            f" {1000 * median(floors[name]):>10.1f} {result[f'floor_ratio{suffix}']:>8.2f}"
+        )
+    for name in ours:
+        products, copy = (1000 * median(seconds[f"{name} {part}"]) for part in ("products", "copy"))
+        print(
+            f"floor of {name}: {len(work[name].products)} matrix products,"
+            f" {work[name].multiply_adds() / 1e6:,.0f} million multiply-adds, {products:.1f} ms;"
+            f" {28 * ours[name].parameters / 1e6:,.0f} MB for Adam, {copy:.1f} ms"
+        )
+    return {name: round_to(value) for name, value in result.items()}
+
+
+def inference(x_all, args):
+    """Images per second: counting is a run of the guide, a reconstruction all of `AIR.infer`."""
+    air = AIR().eval()
+    print(f"{'inference':>12} {'batch':>9} {'images/s':>9}")
+    for batch_size in (1, 256):
+        x = to_images(x_all[:batch_size])
+
+        def counting(x=x):
+            with torch.no_grad():
+                air.guide(x)
+
+        functions = {"counting": counting, "all": lambda x=x: air.infer(x)}
+        for name, times in interleaved(functions, args.rounds, args.steps).items():
+            print(f"{name:>12} {batch_size:>9} {batch_size / median(times):>9,.0f}")
+
+
+def growth(args):
+    """Milliseconds per step against batch size, canvas and T, and the exponent of a power law through them."""
+    settings = {
+        "batch size": [32, 64, 128, 256, 512, 1024],
+        "canvas": [50, 75, 100, 150, 200],
+        "T": [1, 2, 3, 4, 6, 8],
+    }
+    for estimator in ("tracegraph", "traceenum"):
+        for name, values in settings.items():
+            steps = {}
+            for value in values:
+                size = value if name == "canvas" else 50
+                x = (torch.rand(2048, size, size) * 2550 - 2295).clamp(min=0).byte()
+                batch_size = value if name == "batch size" else 64
+                steps[value] = our_step(
+                    x, batch_size, estimator, num_steps=value if name == "T" else 3, image_size=size
+                )
+            times = {value: 1000 * median(s) for value, s in interleaved(steps, 3, 3).items()}
+            slope = np.polyfit(np.log(values), np.log(list(times.values())), 1)[0]
+            last = np.polyfit(np.log(values[-2:]), np.log(list(times.values())[-2:]), 1)[0]
+            cells = "  ".join(f"{value}: {time:.0f}" for value, time in times.items())
+            print(f"{estimator}, ms per step by {name}:  {cells}   exponent {slope:.2f} (at the end {last:.2f})")
+
+
+def memory():
+    """Peak memory of a run of main.py: 20 steps and an evaluation, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "main.py", "-n", "20", "--data-dir", ROOT / "data", "--out", f"{folder}/run"]
+        subprocess.run(command, check=True, capture_output=True)
+    print(f"peak memory of a run: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GiB")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Steps per second, against a naive version.")
+    parser = argparse.ArgumentParser(description="How fast AIR trains and infers.")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=10, help="times the versions take turns")
     parser.add_argument("--steps", type=int, default=15, help="steps a turn")
+    parser.add_argument("--all", action="store_true", help="also inference, memory and growth; takes some minutes")
     args = parser.parse_args()
     # The images' content makes no difference to the time; a tenth of the pixels is ink, as in MNIST.
     pyro.set_rng_seed(0)
     x_all = (torch.rand(60_000, 50, 50) * 2550 - 2295).clamp(min=0).byte()
-    steps = {"naive": naive_step(x_all, args.batch_size), "tracegraph": our_step(x_all, args.batch_size)}
-    seconds = {name: [] for name in steps}
-    for round in range(args.rounds + 1):
-        for name, step in steps.items():
-            pyro.enable_validation(name == "naive")  # Pyro's default; main.py turns it off.
-            started = time.perf_counter()
-            for _ in range(args.steps):
-                step()
-            if round:  # The first one warms up.
-                seconds[name].append((time.perf_counter() - started) / args.steps)
     threads = torch.get_num_threads()
-    print(f"batch {args.batch_size}, {threads} threads, {args.rounds} rounds of {args.steps} steps in turn")
-    print(f"{'version':>12} {'ms/step':>9} {'steps/s':>9} {'ratio':>7}  (median; ratio: median over rounds)")
-    ratios = {name: median(n / o for n, o in zip(seconds["naive"], seconds[name])) for name in steps}
-    for name in steps:
-        middle = median(seconds[name])
-        print(f"{name:>12} {1000 * middle:>9.1f} {1 / middle:>9.1f} {ratios[name]:>7.2f}")
-    speeds = {name: round_to(1 / median(seconds[name])) for name in steps}
     print(
-        json.dumps(
-            {
-                "naive_steps_per_s": speeds["naive"],
-                "steps_per_s": speeds["tracegraph"],
-                "ratio": round_to(ratios["tracegraph"]),
-            }
-        )
+        f"batch {args.batch_size}, {threads} threads, medians over {args.rounds} rounds of {args.steps} steps in turn"
     )
+    line = training(x_all, args)
+    if args.all:
+        inference(x_all, args)
+        growth(args)
+        memory()
+    print(json.dumps(line))
 
 
 def round_to(value: float) -> float:

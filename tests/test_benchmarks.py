@@ -1,9 +1,17 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import pyro
+import pytest
+import torch
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import estimators
 
 
 def test_speed_prints_its_json_line():
@@ -11,5 +19,52 @@ def test_speed_prints_its_json_line():
     finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert finished.returncode == 0, finished.stderr
     line = json.loads(finished.stdout.splitlines()[-1])
-    assert set(line) == {"naive_steps_per_s", "steps_per_s", "ratio"}
+    ours = {f"{name}{of}" for name in ("steps_per_s", "ratio", "floor_ratio") for of in ("", "_traceenum")}
+    assert set(line) == {"naive_steps_per_s"} | ours
     assert all(value > 0 for value in line.values())
+
+
+def test_estimators_compares_them_and_goes_on_where_it_was(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimators, "MIDDLE", 2)
+    flags = ["--seeds", "1", "-n", "4", "-b", "8", "--draws", "3", "--eval-every", "2"]
+    flags += ["--data-dir", str(data_dir), "--out", str(tmp_path), "--estimators", "traceenum", "tracegraph, RNN"]
+    monkeypatch.setattr("sys.argv", ["estimators.py", *flags])
+    estimators.main()
+    out = capsys.readouterr().out
+    assert "traceenum, seed 0" in out and "tracegraph, RNN, seed 0" in out
+    noise = json.loads((tmp_path / "noise.json").read_text())
+    assert list(noise) == ["0", "2", "4"] and set(noise["2"]) == {"traceenum", "tracegraph, RNN"}
+    assert (tmp_path / "estimators.png").stat().st_size > 10_000
+
+    # An interrupted run goes on, a finished one is left as it is.
+    finished, interrupted = tmp_path / "traceenum-seed0", tmp_path / "tracegraph-RNN-seed0"
+    before = (finished / "metrics.jsonl").read_bytes(), torch.load(interrupted / "checkpoint.pt")["parameters"]
+    shutil.copy(interrupted / "middle.pt", interrupted / "checkpoint.pt")
+    lines = (interrupted / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (interrupted / "metrics.jsonl").write_text(lines[0])
+    estimators.main()
+    out = capsys.readouterr().out
+    assert "tracegraph, RNN, seed 0" in out and "traceenum, seed 0" not in out
+    assert (finished / "metrics.jsonl").read_bytes() == before[0]
+    after = torch.load(interrupted / "checkpoint.pt")["parameters"]
+    assert all(torch.equal(after[name], value) for name, value in before[1].items())
+
+
+def test_noise_of_the_gradients(x):
+    """The exact sum is less noisy than samples, where z_pres is chosen."""
+    args = type("Args", (), {"num_steps": 4000, "draws": 30, "estimators": list(estimators.ESTIMATORS)})
+    pyro.set_rng_seed(0)
+    air = estimators.AIR()
+    checkpoint = {"air": air.config, "parameters": air.state_dict()}
+    measured = estimators.noise(checkpoint, 0, x.float(), args)
+    predict = {name: row["predict"] for name, row in measured.items()}
+    assert predict["traceenum"] < 0.8 * min(value for name, value in predict.items() if name != "traceenum")
+
+
+def test_first_evaluation_at_an_accuracy():
+    lines = [
+        {"split": "validation", "step": step, "seconds": step / 10, "count_accuracy": accuracy}
+        for step, accuracy in ((100, 0.5), (200, 0.91), (300, 0.89), (400, 0.96))
+    ]
+    assert estimators.first_at(lines, 0.90) == (200, 20.0) and estimators.first_at(lines, 0.95) == (400, 40.0)
+    assert estimators.first_at(lines, 0.98) == pytest.approx((float("inf"), float("inf")))
