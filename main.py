@@ -32,8 +32,19 @@ PICTURES = {
     "attention": "Test scenes: where the guide looked, and how many digits it counted",
     "reconstruction": "The same scenes as the model paints them",
 }
+# The prior on the count with --plain, at all times.
+PLAIN_COUNT_RATIO = 0.01
 # What a run is: a resumed run keeps these, and may be given others for the rest.
-FIXED = ("batch_size", "learning_rate", "baseline_learning_rate", "seed", "model_steps", "estimator", "baseline")
+FIXED = (
+    "batch_size",
+    "learning_rate",
+    "baseline_learning_rate",
+    "seed",
+    "model_steps",
+    "estimator",
+    "baseline",
+    "plain",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,7 +84,8 @@ def train(args, checkpoint: dict | None) -> None:
     if checkpoint:
         air = AIR.from_checkpoint(checkpoint, args.load)
     else:
-        air = AIR(num_steps=args.model_steps, baseline=args.baseline)
+        paper = {"refine": False, "exploration": 0.0} if args.plain else {}
+        air = AIR(num_steps=args.model_steps, baseline=args.baseline, **paper)
     air.to(device)
 
     svi, adam = make_svi(air, args.estimator)
@@ -86,7 +98,7 @@ def train(args, checkpoint: dict | None) -> None:
             started = time.perf_counter()
             for group, rate in zip(adam.param_groups, rates):
                 group["lr"] = rate * schedule(run.step, args.num_steps)
-            air.set_count_prior(count_ratio(run.step, args.num_steps))
+            air.set_count_prior(PLAIN_COUNT_RATIO if args.plain else count_ratio(run.step, args.num_steps))
             batch = torch.randint(len(train_x), (args.batch_size,))
             loss = svi.step(to_images(train_x[batch], device))
             run.step += 1
@@ -274,6 +286,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("-blr", "--baseline-learning-rate", type=positive(float), default=2e-3, help="the same of the baseline")
     add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
     add("--baseline", choices=["rnn", "average", "none"], help="of tracegraph, against variance; if not given, rnn")
+    add(
+        "--plain",
+        action="store_true",
+        help="the paper's guide: one look, no exploration; and a fixed prior on the count",
+    )
     add("-t", "--model-steps", type=positive(int), default=3, help="most objects in an image, T")
     add("--seed", type=seed, default=0, help="of training; the scenes are the same for everyone")
     add("--cuda", action="store_true", help="train on the GPU")

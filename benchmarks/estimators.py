@@ -57,7 +57,7 @@ def train(name: str, seed: int, args) -> list[dict]:
     """The lines of metrics.jsonl of a finished run, which is made or completed if need be."""
     folder = args.out / f"{name.replace(', ', '-')}-seed{seed}"
     lines = script.read_metrics(folder)
-    if not lines or lines[-1]["split"] != "test":
+    if not lines or (lines[-1]["split"], lines[-1]["step"]) != ("test", args.num_steps):
         estimator, baseline = ESTIMATORS[name]
         flags = [
             "-n",
@@ -128,7 +128,7 @@ def noise(checkpoint: dict, step: int, x: torch.Tensor, args) -> dict[str, dict[
     return {name: {group: row[group] / signal[group] for group in GROUPS} for name, row in variances.items()}
 
 
-def report(runs: dict, noises: dict, args) -> None:
+def report(runs: dict, args) -> None:
     print(f"\nSteps (seconds) to the first evaluation at an accuracy: median, and range, of {args.seeds} seeds")
     print(f"{'estimator':>22}" + "".join(f"{accuracy:>32.0%}" for accuracy in ACCURACIES) + f"{'ms/step':>9}  test")
     for name, by_seed in runs.items():
@@ -139,6 +139,9 @@ def report(runs: dict, noises: dict, args) -> None:
         per_step = 1000 * median(lines[-1]["seconds"] / lines[-1]["step"] for lines in by_seed)
         tests = " ".join(f"{lines[-1]['count_accuracy']:.2%}" for lines in by_seed)
         print(f"{name:>22}{cells}{per_step:>9.0f}  {tests}")
+
+
+def report_noise(noises: dict, args) -> None:
     print(f"\nNoise of the gradient of a mini-batch of {args.batch_size}: variance / squared length of the mean")
     print(f"{'at step':>8} {'estimator':>22}" + "".join(f"{group:>10}" for group in GROUPS))
     for step, row in noises.items():
@@ -188,6 +191,9 @@ def main():
 
     runs = {name: [train(name, seed, args) for seed in range(args.seeds)] for name in args.estimators}
 
+    report(runs, args)
+    if "tracegraph, RNN" not in runs:
+        return  # The noise is measured along that run.
     x = to_images(load_split("train", args.data_dir).x[: args.batch_size])
     folder = args.out / "tracegraph-RNN-seed0"
     pyro.set_rng_seed(0)
@@ -197,7 +203,7 @@ def main():
         checkpoint = read_checkpoint(folder / file)
         points[checkpoint["step"]] = checkpoint
     noises = {step: noise(checkpoint, step, x, args) for step, checkpoint in points.items()}
-    report(runs, noises, args)
+    report_noise(noises, args)
     draw(runs, noises, args.out / "estimators.png")
     (args.out / "noise.json").write_text(json.dumps(noises, indent=2) + "\n")
     print(f"figure: {args.out / 'estimators.png'}")

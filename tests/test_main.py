@@ -88,6 +88,14 @@ def test_the_other_estimators(flags, run, run_main, tmp_path):
     assert metrics(tmp_path / "longer")[-1]["step"] == 8
 
 
+def test_plain_is_the_papers_guide_and_a_fixed_prior(run_main, tmp_path):
+    finished = run_main(*SHORT, "--plain", "--out", tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    air = AIR.load(tmp_path / "run" / "checkpoint.pt")
+    assert air.refine is None and air.exploration == 0
+    assert air.p_more.cumprod(0)[2] == pytest.approx(1e-6 / (1 + 1e-2 + 1e-4 + 1e-6))
+
+
 def test_schedules():
     rates = [main.schedule(step, 4000) for step in range(4000)]
     assert rates[0] == pytest.approx(0.01) and max(rates) > 0.99 and rates[-1] < 1e-6
