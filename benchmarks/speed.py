@@ -281,6 +281,8 @@ def main():
     parser.add_argument("--steps", type=int, default=15, help="steps a turn")
     parser.add_argument("--all", action="store_true", help="also inference, memory and growth; takes some minutes")
     args = parser.parse_args()
+    if args.all:
+        memory()  # First, while this process is small: a child counts from its parent's size.
     # The images' content makes no difference to the time; a tenth of the pixels is ink, as in MNIST.
     pyro.set_rng_seed(0)
     x_all = (torch.rand(60_000, 50, 50) * 2550 - 2295).clamp(min=0).byte()
@@ -292,7 +294,6 @@ def main():
     if args.all:
         inference(x_all, args)
         growth(args)
-        memory()
     print(json.dumps(line))
 
 
