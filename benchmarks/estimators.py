@@ -59,18 +59,8 @@ def train(name: str, seed: int, args) -> list[dict]:
     lines = script.read_metrics(folder)
     if not lines or (lines[-1]["split"], lines[-1]["step"]) != ("test", args.num_steps):
         estimator, baseline = ESTIMATORS[name]
-        flags = [
-            "-n",
-            args.num_steps,
-            "-b",
-            args.batch_size,
-            "--estimator",
-            estimator,
-            "--baseline",
-            baseline,
-            "--seed",
-            seed,
-        ]
+        flags = ["--estimator", estimator, "--baseline", baseline, "--seed", seed]
+        flags += ["-n", args.num_steps, "-b", args.batch_size]
         flags += ["--eval-every", args.eval_every, "--save-every", MIDDLE, "--data-dir", args.data_dir]
         if (folder / "checkpoint.pt").exists():
             flags += ["--load", folder]
@@ -122,8 +112,8 @@ def noise(checkpoint: dict, step: int, x: torch.Tensor, args) -> dict[str, dict[
             variance, mean = rows.var(0).sum().item(), rows.mean(0)
             variances.setdefault(name, {})[group] = variance
             if group not in signal:
-                # All have the same mean, and traceenum, the first, knows it best. Its squared length is
-                # overestimated by the mean's own variance.
+                # All have the same mean, and traceenum, if it is there, comes first and knows it best. Its
+                # squared length is overestimated by the mean's own variance.
                 signal[group] = mean.square().sum().item() - variance / len(rows)
     return {name: {group: row[group] / signal[group] for group in GROUPS} for name, row in variances.items()}
 
