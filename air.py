@@ -13,8 +13,8 @@ What differs from the paper's description; the generative model's structure is t
 - The guide's RNN is not told `z_pres`: wherever its output matters, all earlier ones were 1.
 - The image's projection into the RNN is computed once per image (see `modules.ImageLSTM`).
 - The guide predicts `z_where` relative to its prior.
-- The guide looks at the window that its RNN proposes and corrects it (`refine`).
-- While training, the guide keeps a small chance of either choice of `z_pres` (`exploration`).
+- The guide looks at the window that its RNN proposes, corrects it, and tells the RNN what it saw
+  (`refine`).
 """
 
 import os
@@ -52,6 +52,7 @@ class Step(NamedTuple):
     z_pres: Tensor  # [n]; has further dimensions on the left while Pyro enumerates it
     z_where: Tensor  # [n, 3]
     z_what: Tensor  # [n, z_what_size]
+    seen: Tensor  # [n, hidden_size], features of the place that `refine` looked at; [n, 0] without it
 
 
 class Inference(NamedTuple):
@@ -79,10 +80,8 @@ class AIR(nn.Module):
         see `set_count_prior`.
     z_where_loc, z_where_scale: mean and sd of the Normal prior on the pose `[s, x, y]`.
     likelihood_sd: sd of the Normal noise on each pixel.
-    exploration: the least probability, while training, that the guide gives to either value of
-        `z_pres_t`. Without it, a guide that has come to stop too early never sees what it misses.
     refine: whether the guide looks at the window that its RNN proposes, and corrects it, before it
-        chooses `z_where`; the paper's does not.
+        chooses `z_where`, and its RNN is told what was seen there; the paper's does not.
     baseline: what is subtracted from the cost of a discrete choice to reduce the variance of its
         gradient: "rnn" (a network that sees the image and the choices so far), "average" (a running
         mean) or "none".
@@ -101,7 +100,6 @@ class AIR(nn.Module):
         z_where_loc: tuple[float, float, float] = (3.0, 0.0, 0.0),
         z_where_scale: tuple[float, float, float] = (0.2, 1.0, 1.0),
         likelihood_sd: float = 0.3,
-        exploration: float = 0.03,
         refine: bool = True,
         baseline: str = "rnn",
     ):
@@ -110,7 +108,7 @@ class AIR(nn.Module):
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.num_steps, self.image_size, self.window_size = num_steps, image_size, window_size
-        self.z_what_size, self.likelihood_sd, self.exploration = z_what_size, likelihood_sd, exploration
+        self.z_what_size, self.likelihood_sd = z_what_size, likelihood_sd
 
         self.register_buffer("p_more", torch.empty(num_steps))  # prior's p(z_pres_t = 1 | z_pres_{t-1} = 1)
         self.set_count_prior(count_ratio)
@@ -119,13 +117,14 @@ class AIR(nn.Module):
 
         # The model's only network.
         self.decode = Decoder(z_what_size, hidden_size, window_size)
-        # The guide's.
-        self.rnn = ImageLSTM(image_size, 3 + z_what_size, rnn_size)
+        # The guide's. The RNN is told the last pose, the last code and what was seen there.
+        rnn_inputs = 3 + z_what_size + (hidden_size if refine else 0)
+        self.rnn = ImageLSTM(image_size, rnn_inputs, rnn_size)
         self.predict = Predict(rnn_size, hidden_size, self.z_where_loc, self.z_where_scale)
         self.refine = Refine(window_size, hidden_size, self.z_where_scale) if refine else None
         self.encode = Encoder(window_size, hidden_size, z_what_size)
         # The baseline's: no part of either distribution, and with a learning rate of its own.
-        self.baseline = Baseline(image_size, 3 + z_what_size, baseline_size) if baseline == "rnn" else None
+        self.baseline = Baseline(image_size, rnn_inputs, baseline_size) if baseline == "rnn" else None
         self.average_baseline = baseline == "average"
 
     def set_count_prior(self, ratio: float) -> None:
@@ -191,15 +190,14 @@ class AIR(nn.Module):
 
     def guide_step(self, t: int, x: Tensor, looks: tuple, previous: Step) -> Step:
         """Sample `q(z_pres_t, z_where_t, z_what_t | x, earlier steps)`, by attending to one place in `x`."""
-        inputs = torch.cat([previous.z_where, previous.z_what], -1)
+        inputs = torch.cat([previous.z_where, previous.z_what, previous.seen], -1)
         rnn = self.rnn(looks[0], inputs, previous.rnn)
         p_more, loc, scale = self.predict(rnn[0])
-        if self.training:
-            p_more = self.exploration + (1 - 2 * self.exploration) * p_more
+        seen = previous.seen
         if self.refine is not None:
             # A pose divided by a number is a window so many times as wide, with the same centre.
             crop = image_to_object(loc / GLIMPSE_WIDTH, x, self.window_size)
-            loc, scale = self.refine(crop, loc, scale)
+            loc, scale, seen = self.refine(crop, loc, scale)
 
         baseline, options = previous.baseline, {}
         if self.baseline is not None:
@@ -218,7 +216,7 @@ class AIR(nn.Module):
             z_where = pyro.sample(f"z_where_{t}", dist.Normal(loc, scale).to_event(1))
             x_att = image_to_object(z_where, x, self.window_size)
             z_what = pyro.sample(f"z_what_{t}", dist.Normal(*self.encode(x_att)).to_event(1))
-        return Step(rnn, baseline, p_more, z_pres, z_where, z_what)
+        return Step(rnn, baseline, p_more, z_pres, z_where, z_what, seen)
 
     def guide(self, x: Tensor) -> list[Step]:
         """Sample `q(z | x)` for images `[n, h, h]`; returns the T steps."""
@@ -231,6 +229,7 @@ class AIR(nn.Module):
             z_pres=x.new_ones(n),
             z_where=x.new_zeros(n, 3),
             z_what=x.new_zeros(n, self.z_what_size),
+            seen=x.new_zeros(n, self.refine.correct.in_features if self.refine else 0),
         )
         steps = []
         with pyro.plate("scenes", n, dim=-1, device=x.device):
@@ -244,11 +243,8 @@ class AIR(nn.Module):
     @torch.no_grad()
     def infer(self, x: Tensor) -> Inference:
         """What is in the images `x` (floats in [0, 1], `[n, h, h]`), by one sample of the guide."""
-        training = self.training
-        self.eval()
         guide = poutine.trace(self.guide).get_trace(x)
         model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(x)
-        self.train(training)
         log_probs = []
         for trace in (model, guide):
             trace.compute_log_prob()

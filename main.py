@@ -84,8 +84,7 @@ def train(args, checkpoint: dict | None) -> None:
     if checkpoint:
         air = AIR.from_checkpoint(checkpoint, args.load)
     else:
-        paper = {"refine": False, "exploration": 0.0} if args.plain else {}
-        air = AIR(num_steps=args.model_steps, baseline=args.baseline, **paper)
+        air = AIR(num_steps=args.model_steps, baseline=args.baseline, refine=not args.plain)
     air.to(device)
 
     svi, adam = make_svi(air, args.estimator)
@@ -280,17 +279,13 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-n", "--num-steps", type=positive(int), default=4000, help="steps of the whole run, also when it is resumed")
+    add("-n", "--num-steps", type=positive(int), default=3000, help="steps of the whole run, also when it is resumed")
     add("-b", "--batch-size", type=positive(int), default=128, help="images per step")
     add("-lr", "--learning-rate", type=positive(float), default=2e-3, help="largest learning rate of model and guide")
     add("-blr", "--baseline-learning-rate", type=positive(float), default=2e-3, help="the same of the baseline")
     add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
     add("--baseline", choices=["rnn", "average", "none"], help="of tracegraph, against variance; if not given, rnn")
-    add(
-        "--plain",
-        action="store_true",
-        help="the paper's guide: one look, no exploration; and a fixed prior on the count",
-    )
+    add("--plain", action="store_true", help="the paper's guide, without a second look; and a fixed prior on the count")
     add("-t", "--model-steps", type=positive(int), default=3, help="most objects in an image, T")
     add("--seed", type=seed, default=0, help="of training; the scenes are the same for everyone")
     add("--cuda", action="store_true", help="train on the GPU")

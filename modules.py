@@ -136,7 +136,7 @@ class Predict(nn.Module):
 
 
 class Refine(nn.Module):
-    """Corrects `q(z_where_t | ..)` after a look at the place it proposes.
+    """Corrects `q(z_where_t | ..)`, a Normal, after a look at the place it proposes.
 
     Seen from the window itself, a digit beside its middle looks the same wherever on the canvas it
     is, so that this is learned once and not for every place. A pose's `x` and `y` are in units of
@@ -145,15 +145,31 @@ class Refine(nn.Module):
 
     def __init__(self, window_size: int, hidden_size: int, z_where_scale: Tensor):
         super().__init__()
-        self.mlp = MLP(window_size**2, hidden_size, 2 * 3)
+        if window_size < 9:
+            raise ValueError(f"window_size must be at least 9 for two convolutions, not {window_size}")
+        side = ((window_size - 5) // 2 + 1 - 3) // 2 + 1
+        self.look = nn.Sequential(
+            nn.Conv2d(1, 16, 5, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * side**2, hidden_size),
+            nn.ReLU(),
+        )
+        self.correct = nn.Linear(hidden_size, 2 * 3)
         self.register_buffer("z_where_scale", z_where_scale, persistent=False)
-        nn.init.zeros_(self.mlp[-1].weight)  # At first it changes nothing.
-        nn.init.zeros_(self.mlp[-1].bias)
+        nn.init.zeros_(self.correct.weight)  # At first it changes nothing.
+        nn.init.zeros_(self.correct.bias)
 
-    def forward(self, crop: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The corrected mean and sd, `[batch, 3]` each, from a crop `[batch, w, w]` around the proposed window."""
-        shift, factor = self.mlp(crop.flatten(1)).chunk(2, -1)
-        return loc + self.z_where_scale * shift, scale * 2 * torch.sigmoid(factor)
+    def forward(self, crop: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From a crop `[batch, w, w]` around the proposed window: mean and sd, corrected, and features of what is seen.
+
+        Shapes `[batch, 3]`, `[batch, 3]` and `[batch, hidden_size]`.
+        """
+        seen = self.look(crop[:, None])
+        shift, factor = self.correct(seen).chunk(2, -1)
+        return loc + self.z_where_scale * shift, scale * 2 * torch.sigmoid(factor), seen
 
 
 class ImageLSTM(nn.Module):

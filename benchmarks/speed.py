@@ -20,7 +20,6 @@ is a JSON object with the medians.
 
 import argparse
 import json
-import math
 import resource
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import pyro
@@ -37,6 +37,7 @@ from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -128,34 +129,43 @@ def our_step(x_all, batch_size, estimator="tracegraph", **sizes):
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Records the matrix products that are computed while it is active."""
-
-    OPERATIONS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+    """Records the matrix products, convolutions among them, that are computed while it is active."""
 
     def __init__(self):
         super().__init__()
         self.products = []
+        self.multiply_adds = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation in self.OPERATIONS:
-            self.products.append((operation, [(tensor.shape, tensor.stride()) for tensor in args]))
-        return operation(*args, **(kwargs or {}))
-
-    def multiply_adds(self):
-        """Of each product [.., m, k] times [.., k, n], m * k * n."""
-        return sum(math.prod(shapes[-2][0]) * shapes[-1][0][-1] for _, shapes in self.products)
+        result = operation(*args, **(kwargs or {}))
+        if operation._overloadpacket in flop_registry:
+            self.multiply_adds += flop_registry[operation._overloadpacket](*args, out_val=result) // 2
+            # Not the tensors themselves, which would be kept.
+            args = [Like(arg.shape, arg.stride()) if isinstance(arg, torch.Tensor) else arg for arg in args]
+            self.products.append((operation, args))
+        return result
 
     def replay(self):
         """A function that does nothing but these products, on numbers of its own."""
         calls = []
-        for operation, shapes in self.products:
-            calls.append((operation, [torch.empty_strided(*shape).normal_() for shape in shapes]))
+        for operation, args in self.products:
+            calls.append((operation, [arg.normal() if isinstance(arg, Like) else arg for arg in args]))
 
         def run():
-            for operation, tensors in calls:
-                operation(*tensors)
+            for operation, args in calls:
+                operation(*args)
 
         return run
+
+
+class Like(NamedTuple):
+    """What a tensor looks like."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def normal(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride).normal_()
 
 
 def copying(parameters):
@@ -220,7 +230,7 @@ def training(x_all, args):
         products, copy = (1000 * median(seconds[f"{name} {part}"]) for part in ("products", "copy"))
         print(
             f"floor of {name}: {len(work[name].products)} matrix products,"
-            f" {work[name].multiply_adds() / 1e6:,.0f} million multiply-adds, {products:.1f} ms;"
+            f" {work[name].multiply_adds / 1e6:,.0f} million multiply-adds, {products:.1f} ms;"
             f" {28 * ours[name].parameters / 1e6:,.0f} MB for Adam, {copy:.1f} ms"
         )
     return {name: round_to(value) for name, value in result.items()}

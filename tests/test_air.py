@@ -12,7 +12,7 @@ from air import AIR, CheckpointError, StaticTraceGraph_ELBO
 from main import make_svi
 from modules import image_to_object, object_to_image
 
-SMALL = {"image_size": 50, "window_size": 8, "z_what_size": 4, "rnn_size": 16, "hidden_size": 12, "baseline_size": 8}
+SMALL = {"image_size": 50, "window_size": 9, "z_what_size": 4, "rnn_size": 16, "hidden_size": 12, "baseline_size": 8}
 
 
 @pytest.fixture
@@ -67,26 +67,28 @@ def test_model_density_by_hand(air, x):
 
 @pytest.mark.parametrize("refine", [True, False])
 def test_guide_density_by_hand(x, refine):
-    air = AIR(**SMALL, refine=refine).double().eval()
+    air = AIR(**SMALL, refine=refine).double()
     if refine:
-        nn.init.normal_(air.refine.mlp[-1].weight, std=0.3)
+        nn.init.normal_(air.refine.correct.weight, std=0.3)
     values = choices(COUNTS)
     actual = log_density(air.guide, x, values)
     for i, count in enumerate(COUNTS):
-        expected, previous, state = 0.0, torch.zeros(1, 7).double(), air.rnn.start(1)
+        # The RNN's inputs: the last pose (3), code (4) and, with the second look, what it saw (12).
+        expected, previous, state = 0.0, torch.zeros(1, 3 + 4 + (12 if refine else 0)).double(), air.rnn.start(1)
         for t in range(3):
             state = air.rnn(air.rnn.look(x[i : i + 1]), previous, state)
             p, loc, scale = air.predict(state[0])
+            seen = torch.zeros(1, 0)
             if refine:
-                loc, scale = air.refine(image_to_object(loc / 1.5, x[i : i + 1], 8), loc, scale)
+                loc, scale, seen = air.refine(image_to_object(loc / 1.5, x[i : i + 1], 9), loc, scale)
             if t == count:
                 expected += math.log(1 - p.item())
                 break
             z_where, z_what = values[f"z_where_{t}"][i : i + 1], values[f"z_what_{t}"][i : i + 1]
             expected += math.log(p.item()) + normal(z_where, loc.detach(), scale.detach())
-            loc, scale = air.encode(image_to_object(z_where, x[i : i + 1], 8))
+            loc, scale = air.encode(image_to_object(z_where, x[i : i + 1], 9))
             expected += normal(z_what, loc.detach(), scale.detach())
-            previous = torch.cat([z_where, z_what], 1)
+            previous = torch.cat([z_where, z_what, seen], 1)
         assert float(actual[i]) == pytest.approx(expected, abs=1e-4)
 
 
@@ -107,17 +109,6 @@ def test_steps_after_the_last_object_contribute_nothing(air, x):
         complete = values[f"z_pres_{t - 1}"] == 0
         in_model, in_guide = (trace.nodes[f"z_pres_{t}"]["log_prob"][complete] for trace in traces)
         assert torch.equal(in_model, in_guide) and complete.any()
-
-
-def test_exploration_only_while_training(x):
-    air = AIR(**SMALL, exploration=0.1).double()
-    with torch.no_grad():
-        air.predict.mlp[-1].bias[0] = -1000.0  # the guide is sure that there is nothing
-    assert air.guide(x)[0].p_more.tolist() == pytest.approx([0.1] * 6)
-    with torch.no_grad():
-        air.predict.mlp[-1].bias[0] = 1000.0
-    assert air.guide(x)[0].p_more.tolist() == pytest.approx([0.9] * 6)
-    assert air.infer(x).counts.tolist() == [3] * 6 and air.training
 
 
 def test_prior_over_counts(air):
@@ -193,7 +184,7 @@ def brute_force_elbo(air, x, seed):
 def test_traceenum_is_the_sum_over_all_counts(x, num_steps):
     """Same loss and same gradients as autograd through the sum by brute force."""
     air = AIR(**SMALL, num_steps=num_steps, baseline="none").double()
-    nn.init.normal_(air.refine.mlp[-1].weight, std=0.1)
+    nn.init.normal_(air.refine.correct.weight, std=0.1)
     svi, _ = make_svi(air, "traceenum")
     names, parameters = zip(*air.named_parameters())
     expected = brute_force_elbo(air, x, seed=1)
@@ -225,7 +216,7 @@ def test_tracegraph_is_unbiased(x, baseline):
     for estimator, options in ("traceenum", "none"), ("tracegraph", baseline):
         pyro.set_rng_seed(7)
         air = AIR(**SMALL, baseline="none").double()
-        nn.init.normal_(air.refine.mlp[-1].weight, std=0.1)
+        nn.init.normal_(air.refine.correct.weight, std=0.1)
         other = AIR(**SMALL, baseline=options).double()
         other.load_state_dict(air.state_dict(), strict=False)  # all but a baseline
         results.append(gradients(other, estimator, x, calls=40))
@@ -245,8 +236,6 @@ def test_tracegraph_is_unbiased(x, baseline):
 def test_inference_reads_the_guide_out(air, x):
     torch.manual_seed(5)
     seen = air.infer(x)
-    assert air.training
-    air.eval()
     torch.manual_seed(5)
     loss = TraceGraph_ELBO(max_plate_nesting=1).loss(air.model, air.guide, x)
     assert float(seen.elbo.sum()) == pytest.approx(-loss)
@@ -254,7 +243,7 @@ def test_inference_reads_the_guide_out(air, x):
     for i, count in enumerate(seen.counts.tolist()):
         canvas = sum(object_to_image(seen.z_where[i, t][None], seen.y_att[i, t][None], 50)[0] for t in range(count))
         torch.testing.assert_close(seen.reconstruction[i], canvas + torch.zeros(50, 50).double())
-        torch.testing.assert_close(seen.x_att[i, 1], image_to_object(seen.z_where[i, 1][None], x[i][None], 8)[0])
+        torch.testing.assert_close(seen.x_att[i, 1], image_to_object(seen.z_where[i, 1][None], x[i][None], 9)[0])
     # What q(n) says is how often each count is sampled.
     many = torch.stack([air.infer(x).counts for _ in range(200)])
     shares = torch.stack([(many == n).double().mean(0) for n in range(4)], -1)

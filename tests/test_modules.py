@@ -132,12 +132,14 @@ def test_lstm_is_an_lstm_that_sees_the_image_at_every_step():
 
 
 def test_refine_changes_nothing_at_first_and_can_shift_and_sharpen():
-    refine = Refine(7, 5, torch.tensor([0.2, 1, 1]))
-    crop, loc, scale = torch.rand(3, 7, 7), torch.randn(3, 3), torch.rand(3, 3)
-    torch.testing.assert_close(refine(crop, loc, scale), (loc, scale))
+    refine = Refine(9, 5, torch.tensor([0.2, 1, 1]))
+    crop, loc, scale = torch.rand(3, 9, 9), torch.randn(3, 3), torch.rand(3, 3)
+    *unchanged, seen = refine(crop, loc, scale)
+    torch.testing.assert_close(unchanged, [loc, scale])
+    assert seen.shape == (3, 5) and (seen[0] != seen[1]).any()
     with torch.no_grad():
-        refine.mlp[-1].bias.copy_(torch.tensor([1.0, 2, -3, -100, 0, 100]))
-    new_loc, new_scale = refine(crop, loc, scale)
+        refine.correct.bias.copy_(torch.tensor([1.0, 2, -3, -100, 0, 100]))
+    new_loc, new_scale, _ = refine(crop, loc, scale)
     torch.testing.assert_close(new_loc - loc, torch.tensor([[0.2, 2, -3]]).expand(3, 3))
     torch.testing.assert_close(new_scale, scale * torch.tensor([0.0, 1, 2]))
 
