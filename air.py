@@ -15,6 +15,7 @@ What differs from the paper's description; the generative model's structure is t
 - The guide predicts `z_where` relative to its prior.
 - The guide looks at the window that its RNN proposes, corrects it, and tells the RNN what it saw
   (`refine`).
+- While training, the guide keeps a small chance of either choice of `z_pres` (`exploration`).
 """
 
 import os
@@ -80,6 +81,8 @@ class AIR(nn.Module):
         see `set_count_prior`.
     z_where_loc, z_where_scale: mean and sd of the Normal prior on the pose `[s, x, y]`.
     likelihood_sd: sd of the Normal noise on each pixel.
+    exploration: the least probability, while training, that the guide gives to either value of
+        `z_pres_t`. Without it, a guide that has come to stop too early never sees what it misses.
     refine: whether the guide looks at the window that its RNN proposes, and corrects it, before it
         chooses `z_where`, and its RNN is told what was seen there; the paper's does not.
     baseline: what is subtracted from the cost of a discrete choice to reduce the variance of its
@@ -100,6 +103,7 @@ class AIR(nn.Module):
         z_where_loc: tuple[float, float, float] = (3.0, 0.0, 0.0),
         z_where_scale: tuple[float, float, float] = (0.2, 1.0, 1.0),
         likelihood_sd: float = 0.3,
+        exploration: float = 0.03,
         refine: bool = True,
         baseline: str = "rnn",
     ):
@@ -108,7 +112,7 @@ class AIR(nn.Module):
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.num_steps, self.image_size, self.window_size = num_steps, image_size, window_size
-        self.z_what_size, self.likelihood_sd = z_what_size, likelihood_sd
+        self.z_what_size, self.likelihood_sd, self.exploration = z_what_size, likelihood_sd, exploration
 
         self.register_buffer("p_more", torch.empty(num_steps))  # prior's p(z_pres_t = 1 | z_pres_{t-1} = 1)
         self.set_count_prior(count_ratio)
@@ -193,6 +197,8 @@ class AIR(nn.Module):
         inputs = torch.cat([previous.z_where, previous.z_what, previous.seen], -1)
         rnn = self.rnn(looks[0], inputs, previous.rnn)
         p_more, loc, scale = self.predict(rnn[0])
+        if self.training:
+            p_more = self.exploration + (1 - 2 * self.exploration) * p_more
         seen = previous.seen
         if self.refine is not None:
             # A pose divided by a number is a window so many times as wide, with the same centre.
@@ -241,10 +247,22 @@ class AIR(nn.Module):
     # ---------------------------------------------------------------------------------- read-out
 
     @torch.no_grad()
+    def imagine(self, counts: Tensor) -> Tensor:
+        """Scenes `[n, h, h]` from the prior, as the decoder paints them, with given numbers of objects `[n]`."""
+        given = {f"z_pres_{t}": (counts > t).to(self.p_more.dtype) for t in range(self.num_steps)}
+        with pyro.plate("scenes", len(counts), dim=-1):
+            _, z_where, z_what = poutine.condition(self.prior, given)(len(counts))
+        _, canvases = self.paint(z_where, z_what)
+        return canvases[counts, torch.arange(len(counts), device=counts.device)]
+
+    @torch.no_grad()
     def infer(self, x: Tensor) -> Inference:
         """What is in the images `x` (floats in [0, 1], `[n, h, h]`), by one sample of the guide."""
+        training = self.training
+        self.eval()
         guide = poutine.trace(self.guide).get_trace(x)
         model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(x)
+        self.train(training)
         log_probs = []
         for trace in (model, guide):
             trace.compute_log_prob()

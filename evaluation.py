@@ -1,7 +1,10 @@
 """How good is an AIR: the numbers that main.py, the notebook and the benchmarks quote."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
+from pyro import poutine
 
 from air import AIR
 from multi_mnist import Scenes
@@ -21,15 +24,16 @@ def evaluate(air: AIR, scenes: Scenes, batch_size: int = 500, seed: int = 0) -> 
     Returns a dictionary of plain numbers, the part of a line of metrics.jsonl that is measured here:
     images; elbo (nats per image); count_accuracy (of the sampled count); count_accuracy_mode (of the
     most probable count); confusion (true count 0.. by sampled count 0..T); last_step_rate (share of
-    images that used step T). What needs true counts is None if there are none.
+    images that used step T); baseline_explains (see that function; of the first batch). What needs
+    true counts, or the RNN baseline, is None if there are none.
     """
     device = next(air.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with own_random_numbers(device, seed):
         batches = []
         for start in range(0, len(scenes.x), batch_size):
             inference = air.infer(to_images(scenes.x[start : start + batch_size], device))
             batches.append((inference.counts, inference.count_probs.argmax(-1), inference.elbo))
+        explained = None if air.baseline is None else baseline_explains(air, to_images(scenes.x[:batch_size], device))
     counts, modes, elbo = (torch.cat(parts).cpu().numpy() for parts in zip(*batches))
     result = {
         "images": len(counts),
@@ -38,6 +42,7 @@ def evaluate(air: AIR, scenes: Scenes, batch_size: int = 500, seed: int = 0) -> 
         "count_accuracy_mode": None,
         "confusion": None,
         "last_step_rate": float((counts == air.num_steps).mean()),
+        "baseline_explains": explained,
     }
     if scenes.counts is not None:
         confusion = np.zeros((scenes.counts.max() + 1, air.num_steps + 1), int)
@@ -46,3 +51,36 @@ def evaluate(air: AIR, scenes: Scenes, batch_size: int = 500, seed: int = 0) -> 
         result["count_accuracy_mode"] = float((modes == scenes.counts).mean())
         result["confusion"] = confusion.tolist()
     return result
+
+
+@torch.no_grad()
+def baseline_explains(air: AIR, x: torch.Tensor) -> float | None:
+    """How much of the variance of what follows a choice of `z_pres` the RNN baseline predicts: at most 1.
+
+    What follows is the part of the ELBO that TraceGraph_ELBO credits the choice with: all terms of
+    its own step and of later ones. None if it does not vary.
+    """
+    guide = poutine.trace(air.guide).get_trace(x)
+    model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x)
+    guide.compute_log_prob()
+    model.compute_log_prob()
+    gain, pairs = torch.zeros_like(x[:, 0, 0]), []
+    for t in reversed(range(air.num_steps)):
+        gain = gain + model.nodes[f"gain_{t}"]["log_prob"]
+        for name in (f"z_pres_{t}", f"z_where_{t}", f"z_what_{t}"):
+            gain = gain + model.nodes[name]["log_prob"] - guide.nodes[name]["log_prob"]
+        predicted = guide.nodes[f"z_pres_{t}"]["infer"]["baseline"]["baseline_value"].reshape(len(x))
+        # Only where there is a choice.
+        open_ = guide.nodes[f"z_pres_{t - 1}"]["value"] == 1 if t else torch.ones_like(gain, dtype=torch.bool)
+        pairs.append(torch.stack([gain, predicted])[:, open_])
+    gains, predictions = torch.cat(pairs, 1)
+    variance = gains.var(correction=0)
+    return float(1 - (gains - predictions).square().mean() / variance) if variance > 0 else None
+
+
+@contextmanager
+def own_random_numbers(device: torch.device, seed: int = 0):
+    """Within it, PyTorch's random numbers start from `seed`; outside they go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -3,6 +3,7 @@
 python main.py                                   # train, evaluate, draw
 python main.py --load runs/NAME                  # go on with a run that was interrupted
 python main.py --load runs/NAME --eval-only      # evaluate it on the test scenes
+python main.py --load runs/NAME --redraw         # draw its pictures again
 """
 
 import argparse
@@ -18,19 +19,30 @@ import numpy as np
 import pyro
 import torch
 import torchvision
-from PIL import Image
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from pyro.optim import PyroOptim
+from scipy.stats import binomtest
 from tqdm import tqdm
 
 import viz
 from air import AIR, CheckpointError, StaticTraceGraph_ELBO, read_checkpoint
-from evaluation import evaluate, to_images
+from evaluation import evaluate, own_random_numbers, to_images
 from multi_mnist import DataError, Scenes, load_file, load_split
 
-PICTURES = {
-    "attention": "Test scenes: where the guide looked, and how many digits it counted",
-    "reconstruction": "The same scenes as the model paints them",
+TITLES = {
+    "attention": "{split} scenes: where the guide looked, step by step, and how many objects it counted",
+    "reconstruction": "{split} scenes, and what the model makes of them",
+    "steps": "{split} scenes, step by step: what was seen (crop), what was painted (object), the canvas after it",
+    "mistakes": "{split} scenes (of the first {looked_at:,}) counted wrong: true count > inferred count",
+    "prior": "Scenes that the model imagines: before it learned anything, and now",
+    "curves": "Validation scenes, as it learns",
+    "confusion": "{split} scenes: counts",
+}
+CURVES = {
+    "ELBO, nats per image": "elbo",
+    "count accuracy": "count_accuracy",
+    "steps per second": "steps_per_s",
+    "variance of the cost of a choice\nthat the baseline explains": "baseline_explains",
 }
 # The prior on the count with --plain, at all times.
 PLAIN_COUNT_RATIO = 0.01
@@ -60,8 +72,10 @@ def main(argv: list[str] | None = None) -> None:
         check_flags(args)
         if args.eval_only:
             print(json.dumps(evaluate_only(args, checkpoint)))
+        elif args.redraw:
+            redraw(args, checkpoint, connect(args))
         else:
-            train(args, checkpoint)
+            train(args, checkpoint, connect(args))
     except (CheckpointError, DataError, UsageError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -72,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 # --------------------------------------------------------------------------------- the main thing
 
 
-def train(args, checkpoint: dict | None) -> None:
+def train(args, checkpoint: dict | None, dashboard: viz.Dashboard | None) -> None:
     """Data, AIR, SVI, evaluation, checkpoint, pictures."""
     device = torch.device("cuda" if args.cuda else "cpu")
     train_scenes, validation_scenes, test_scenes = (
@@ -84,7 +98,8 @@ def train(args, checkpoint: dict | None) -> None:
     if checkpoint:
         air = AIR.from_checkpoint(checkpoint, args.load)
     else:
-        air = AIR(num_steps=args.model_steps, baseline=args.baseline, refine=not args.plain)
+        paper = {"refine": False, "exploration": 0.0} if args.plain else {}
+        air = AIR(num_steps=args.model_steps, baseline=args.baseline, **paper)
     air.to(device)
 
     svi, adam = make_svi(air, args.estimator)
@@ -92,6 +107,15 @@ def train(args, checkpoint: dict | None) -> None:
     rates = (args.learning_rate, args.baseline_learning_rate)
 
     run = Run(args, air, adam, checkpoint)
+    screen = viz.Screen(run.folder, dashboard)
+
+    def show(split, scenes):
+        started = time.perf_counter()
+        screen.show(draw(air, split, scenes, run.folder, args.seed))
+        run.seconds_for_pictures += time.perf_counter() - started
+
+    if run.step == 0:
+        show("validation", validation_scenes)
     with tqdm(total=args.num_steps, initial=run.step, unit="step", mininterval=0.5, smoothing=0.05) as bar:
         while run.step < args.num_steps:
             started = time.perf_counter()
@@ -109,12 +133,14 @@ def train(args, checkpoint: dict | None) -> None:
             )
             if run.step % args.eval_every == 0 or run.step == args.num_steps:
                 run.record("validation", evaluate(air, validation_scenes))
+            if run.step % args.viz_every == 0:
+                show("validation", validation_scenes)
             if run.step % args.save_every == 0 or run.step == args.num_steps:
                 run.save()
 
     result = run.record("test", evaluate(air, test_scenes))
-    draw(air, test_scenes, run.folder)
-    print(summary(result, run.folder))
+    show("test", test_scenes)
+    print(summary(result, run.folder, run.seconds_for_pictures))
 
 
 def make_svi(air: AIR, estimator: str) -> tuple[SVI, torch.optim.Adam]:
@@ -175,7 +201,7 @@ class Run:
 
     def __init__(self, args, air: AIR, optimizer: torch.optim.Optimizer, checkpoint: dict | None):
         self.args, self.air, self.optimizer = args, air, optimizer
-        self.step, self.seconds, self.accuracy = 0, 0.0, "-"
+        self.step, self.seconds, self.seconds_for_pictures, self.accuracy = 0, 0.0, 0.0, "-"
         self.folder = args.out
         kept = []
         if checkpoint:
@@ -237,31 +263,106 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def draw(air: AIR, scenes: Scenes, folder: Path, n: int = 30) -> None:
-    """Pictures of the first held-out scenes: what the guide attends to, and what the model makes of it."""
-    x = to_images(scenes.x[:n], next(air.parameters()).device)
-    inference = air.infer(x)
-    counts = inference.counts.tolist()
-    boxes = [box[:count] for box, count in zip(inference.boxes.cpu().numpy(), counts)]
-    for name, images in (("attention", x), ("reconstruction", inference.reconstruction)):
-        picture = viz.draw_scenes(images.cpu().numpy(), boxes, counts, title=PICTURES[name])
-        Image.fromarray(picture).save(folder / f"{name}.png")
+def draw(air: AIR, split: str, scenes: Scenes, folder: Path, seed: int, look_at: int = 1000) -> dict:
+    """A run's pictures as it stands, with titles, by name: of held-out scenes, of imagined ones, of its metrics."""
+    device = next(air.parameters()).device
+    x = to_images(scenes.x[:look_at], device)
+    with own_random_numbers(device, seed):
+        newborn = AIR(**air.config).to(device)  # as it was before its first step
+    imagined = torch.arange(1, 11, device=device) % (air.num_steps + 1)
+    dreams = []
+    for painter in (newborn, air):
+        with own_random_numbers(device):
+            dreams.extend(painter.imagine(imagined).cpu().numpy())
+    with own_random_numbers(device):
+        seen = {name: value.cpu().numpy() for name, value in air.infer(x)._asdict().items()}
+    x, counts = x.cpu().numpy(), seen["counts"]
+    boxes = [box[:count] for box, count in zip(seen["boxes"], counts)]
+
+    titles = {name: title.format(split=split.capitalize(), looked_at=len(x)) for name, title in TITLES.items()}
+    columns = min(10, len(x))
+    n = min(30, len(x)) // columns * columns
+    rows = [slice(start, start + columns) for start in range(0, n, columns)]
+    sides = (x, seen["reconstruction"])
+    pairs = [pair for row in rows for side in sides for pair in zip(side[row], boxes[row])]
+    few = np.argsort(counts == 0, kind="stable")[:6]  # if possible, such with something in them
+    steps = (seen[name][few] for name in ("boxes", "counts", "x_att", "y_att", "canvases", "count_probs"))
+    pictures = {
+        "attention": viz.draw_scenes(x[:n], boxes[:n], counts[:n], columns, titles["attention"]),
+        "reconstruction": viz.draw_scenes(
+            *zip(*pairs), None, columns, titles["reconstruction"], labels=["scene", "model"] * len(rows)
+        ),
+        "steps": viz.draw_steps(x[few], *steps, title=titles["steps"]),
+        "prior": viz.draw_scenes(dreams, columns=10, title=titles["prior"], labels=["at first", "now"]),
+    }
+    if scenes.counts is not None:
+        wrong = np.flatnonzero(scenes.counts[: len(x)] != counts)[:30]
+        captions = [f"{scenes.counts[i]} > {counts[i]}" for i in wrong]
+        pictures["mistakes"] = viz.draw_scenes(
+            x[wrong], [boxes[i] for i in wrong], captions, columns, titles["mistakes"]
+        )
+    lines = read_metrics(folder)
+    validated = [line for line in lines if line["split"] == "validation"]
+    if validated:
+        steps, seconds, *curves = (
+            [line.get(name) for line in validated] for name in ("step", "seconds", *CURVES.values())
+        )
+        known = {title: (steps, seconds, curve) for title, curve in zip(CURVES, curves) if curve[-1] is not None}
+        pictures["curves"] = viz.draw_curves(known, titles["curves"])
+        confusion = [line["confusion"] for line in lines if line["split"] == split][-1:]
+        if confusion and confusion[0]:
+            pictures["confusion"] = viz.draw_confusion(confusion[0], titles["confusion"])
+    return {name: (titles[name], picture) for name, picture in pictures.items()}
 
 
-def summary(result: dict, folder: Path) -> str:
+def redraw(args, checkpoint: dict, dashboard: viz.Dashboard | None) -> None:
+    """The pictures of a run, once more, from what is in its folder."""
+    folder = args.load.parent
+    air = AIR.from_checkpoint(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
+    finished = any(line["split"] == "test" for line in read_metrics(folder))
+    split = "test" if finished else "validation"
+    scenes = load_split(split, args.data_dir, args.mnist_root)
+    viz.Screen(folder, dashboard).show(draw(air, split, scenes, folder, args.seed))
+    print(f"Pictures are in {folder}")
+
+
+def connect(args) -> viz.Dashboard | None:
+    """The visdom server, if one is there and wanted. Raises UsageError if it is wanted and not there."""
+    if args.visdom == "off":
+        return None
+    try:
+        return viz.Dashboard(args.visdom_server, args.visdom_port, args.visdom_env)
+    except ConnectionError:
+        none = f"no visdom server answers at {args.visdom_server}:{args.visdom_port}"
+        hint = "`python -m visdom.server` in another terminal starts one"
+        if args.visdom == "on":
+            raise UsageError(f"--visdom on: {none}; {hint}") from None
+        print(f"{none}, pictures go to {args.out or args.load.parent} only ({hint})", file=sys.stderr)
+        return None
+
+
+def summary(result: dict, folder: Path, seconds_for_pictures: float) -> str:
     """What a user wants to know at the end of a run."""
     confusion = np.array(result["confusion"])
+
+    def with_interval(accuracy: float) -> str:
+        right = round(accuracy * result["images"])
+        low, high = binomtest(right, result["images"]).proportion_ci(method="wilson")
+        return f"{accuracy:.2%} (95% interval {low:.2%} to {high:.2%})"
+
     lines = [
         f"{result['images']:,} test scenes, {result['step']:,} steps, {result['seconds'] / 60:.1f} minutes of training",
-        f"  count accuracy   {result['count_accuracy']:.2%}, by one sample of the guide",
-        f"                   {result['count_accuracy_mode']:.2%}, by its most probable count",
+        f"  count accuracy   {with_interval(result['count_accuracy'])}, by one sample of the guide",
+        f"                   {with_interval(result['count_accuracy_mode'])}, by its most probable count",
         f"  ELBO             {result['elbo']:.1f} nats per image",
         f"  last step used   in {result['last_step_rate']:.2%} of the images",
         "  inferred count  " + "".join(f"{count:>8}" for count in range(confusion.shape[1])),
     ]
     for true, row in enumerate(confusion):
         lines.append(f"    true count {true:<3}" + "".join(f"{n:>8,}" for n in row))
-    return "\n".join([*lines, f"Checkpoint, metrics and pictures are in {folder}"])
+    return "\n".join(
+        [*lines, f"Checkpoint, metrics and pictures (drawn in {seconds_for_pictures:.0f} s in all) are in {folder}"]
+    )
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -285,17 +386,32 @@ def make_parser() -> argparse.ArgumentParser:
     add("-blr", "--baseline-learning-rate", type=positive(float), default=2e-3, help="the same of the baseline")
     add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
     add("--baseline", choices=["rnn", "average", "none"], help="of tracegraph, against variance; if not given, rnn")
-    add("--plain", action="store_true", help="the paper's guide, without a second look; and a fixed prior on the count")
+    add(
+        "--plain",
+        action="store_true",
+        help="the paper's guide: no second look, no exploration; a fixed prior on the count",
+    )
     add("-t", "--model-steps", type=positive(int), default=3, help="most objects in an image, T")
     add("--seed", type=seed, default=0, help="of training; the scenes are the same for everyone")
     add("--cuda", action="store_true", help="train on the GPU")
     add("--eval-every", type=positive(int), default=500, metavar="STEPS", help="evaluate on validation scenes")
+    add("--viz-every", type=positive(int), default=500, metavar="STEPS", help="draw the pictures")
+    add(
+        "--visdom",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="show them on visdom; auto: if it answers",
+    )
+    add("--visdom-server", default="http://localhost", metavar="URL", help="where it is")
+    add("--visdom-port", type=positive(int), default=8097, metavar="PORT", help="and its port")
+    add("--visdom-env", default="air", metavar="NAME", help="visdom's environment that the windows are in")
     add("--save-every", type=positive(int), default=500, metavar="STEPS", help="write the checkpoint")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where digits and scenes are kept")
     add("--mnist-root", type=Path, metavar="DIR", help="a copy of MNIST you have, in torchvision's layout")
     add("--out", type=Path, metavar="DIR", help="the run's folder; if not given, runs/<date>-<time>-seed<seed>")
     add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: go on with it")
     add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes, print one JSON object")
+    add("--redraw", action="store_true", help="with --load: draw the run's pictures again")
     add("--data", type=Path, metavar="NPZ", help="with --eval-only: evaluate on your own images")
     return parser
 
@@ -342,15 +458,20 @@ def check_flags(args) -> None:
     """Everything that can be known to be wrong before work starts. Fills in --out."""
     if args.cuda and not torch.cuda.is_available():
         raise UsageError("--cuda: no CUDA device was found")
-    if args.eval_only and not args.load:
-        raise UsageError("--eval-only needs --load")
+    for name in ("eval_only", "redraw"):
+        if getattr(args, name) and not args.load:
+            raise UsageError(f"--{name.replace('_', '-')} needs --load")
+    if args.eval_only and args.redraw:
+        raise UsageError("--redraw has no use with --eval-only, which draws nothing")
     if args.data_dir.exists() and not args.data_dir.is_dir():
         raise UsageError(f"--data-dir {args.data_dir} is not a folder")
     if args.data and not args.eval_only:
         raise UsageError("--data needs --eval-only")
     if args.eval_only and args.out:
         raise UsageError("--out has no use with --eval-only, which writes no file")
-    if args.eval_only:
+    if args.redraw and args.out:
+        raise UsageError("--out has no use with --redraw, which draws in the run's own folder")
+    if args.eval_only or args.redraw:
         return
     if args.estimator == "traceenum" and args.baseline not in (None, "none"):
         raise UsageError(f"--baseline {args.baseline} has no use with traceenum, which samples no z_pres")

@@ -1,9 +1,22 @@
-"""Pictures of scenes, as RGB arrays (uint8 `[height, width, 3]`): pure functions of arrays."""
+"""Pictures of scenes and of learning, as RGB arrays, and where they are shown: PNG files and visdom.
+
+The functions that draw are pure: arrays in, an array out (uint8 `[height, width, 3]`). What shows
+such pictures knows nothing of what is on them.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
+from tqdm import tqdm
+from visdom import Visdom
 
 # A step's boxes, told apart by colour (the paper's) and, for those who cannot see it, by line style.
 STEP_STYLES = [
@@ -14,57 +27,202 @@ STEP_STYLES = [
     ("magenta", "-"),
     ("yellow", "--"),
 ]
+CELL = 1.1  # inches that an image takes, at DPI dots per inch
+DPI = 110
 
 
-def draw_scenes(images, boxes, captions=None, columns=10, title=None, steps=True) -> np.ndarray:
+# --------------------------------------------------------------------------------------- scenes
+
+
+def draw_scenes(images, boxes=None, captions=None, columns=10, title=None, labels=None) -> np.ndarray:
     """A grid of grey images with boxes on them.
 
-    images: `[n, h, w]`, uint8 or floats in [0, 1]; boxes: for each image an array `[k, 4]` of
-    `(x, y, w, h)` in pixels, in the order of the steps; captions: a short text for each image.
-    With `steps`, a legend says which style belongs to which step.
+    images: `[n, h, w]`, uint8 or floats in [0, 1]. boxes: for each image an array `[k, 4]` of
+    `(x, y, w, h)` in pixels, in the order of the steps; a legend says which style belongs to which
+    step. captions: a short text above each image. labels: one to the left of each row.
     """
-    rows = -(-len(images) // columns)
-    figure, axes = grid(rows, columns, title)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    most = 0
-    for i, (axis, image) in enumerate(zip(axes.flat, images)):
-        draw_image(axis, image, boxes[i])
-        most = max(most, len(boxes[i]))
+    rows = max(1, -(-len(images) // columns))
+    axis = sheet(rows, columns, title, labels)
+    for i, image in enumerate(images):
+        draw_image(axis, divmod(i, columns), image, () if boxes is None else boxes[i])
         if captions is not None:
-            axis.set_title(captions[i], fontsize=8, pad=2)
-    if steps and most:
-        styles = [Rectangle((0, 0), 1, 1, fill=False, ec=c, ls=s) for c, s in map(step_style, range(most))]
-        labels = [f"step {t + 1}" for t in range(most)]
-        figure.legend(styles, labels, loc="outside lower center", ncols=most, fontsize=8, frameon=False)
-    return render(figure)
+            caption(axis, divmod(i, columns), captions[i])
+    return render(axis.figure, most=0 if boxes is None else max(map(len, boxes), default=0))
 
 
-def draw_image(axis, image, boxes=()) -> None:
-    """One grey image and its boxes, at sub-pixel position, on a matplotlib axis."""
+def draw_steps(images, boxes, counts, x_att, y_att, canvases, count_probs, title=None) -> np.ndarray:
+    """How each scene is taken apart, one in a row: the image, what every step saw and painted, and q(count).
+
+    images `[n, h, w]`, boxes `[n, T, 4]`, counts `[n]`, x_att and y_att `[n, T, w, w]`, canvases
+    `[n, T + 1, h, h]`, count_probs `[n, T + 1]`. Steps that were not used stay empty.
+    """
+    num_steps = x_att.shape[1]
+    axis = sheet(len(images), 2 + 3 * num_steps, title)
+    for row, count in enumerate(counts):
+        draw_image(axis, (row, 0), images[row], boxes[row][:count])
+        for t in range(count):
+            for k, image in enumerate((x_att[row, t], y_att[row, t], canvases[row, t + 1])):
+                draw_image(axis, (row, 1 + 3 * t + k), image)
+        draw_bars(axis, (row, 1 + 3 * num_steps), count_probs[row])
+    names = ["image"] + [f"{t + 1}: {name}" for t in range(num_steps) for name in ("crop", "object", "canvas")]
+    for column, name in enumerate([*names, "q(count)"]):
+        caption(axis, (0, column), name)
+    return render(axis.figure, most=int(max(counts, default=0)))
+
+
+def sheet(rows: int, columns: int, title=None, labels=None):
+    """An axis on which images have places (row, column), each one unit wide. (An axis for each would take seconds.)"""
+    left, top = (0.9 if labels else 0.1), (0.45 if title else 0.1)
+    width, height = left + CELL * 1.08 * columns + 0.1, top + CELL * 1.25 * rows + 0.35
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    axis = figure.add_axes([left / width, 0.35 / height, CELL * 1.08 * columns / width, CELL * 1.25 * rows / height])
+    axis.set(xlim=(0, 1.08 * columns), ylim=(1.25 * rows, 0))
+    axis.set_axis_off()
+    if title:
+        figure.suptitle(title, fontsize=10, y=1 - 0.08 / height)
+    for row, label in enumerate(labels or ()):
+        axis.text(-0.05, 1.25 * row + 0.72, label, fontsize=8, ha="right", va="center")
+    return axis
+
+
+def draw_image(axis, place, image, boxes=()) -> None:
+    """One grey image and its boxes, at sub-pixel position, at a place of a sheet."""
+    left, top = 1.08 * place[1], 1.25 * place[0] + 0.22
     h, w = image.shape
     white = 255 if image.dtype == np.uint8 else 1.0
-    # Pixel (0, 0) covers [0, 1] x [0, 1], as the boxes' units have it.
-    axis.imshow(image, cmap="gray", vmin=0, vmax=white, extent=(0, w, h, 0), interpolation="nearest")
-    for t, (x, y, box_w, box_h) in enumerate(boxes):
+    # Pixel (0, 0) covers [0, 1] x [0, 1] in the boxes' units.
+    extent = (left, left + 1, top + h / w, top)
+    axis.imshow(image, cmap="gray", vmin=0, vmax=white, extent=extent, interpolation="nearest", aspect="auto")
+    for t, box in enumerate(boxes):
+        x, y, box_w, box_h = np.asarray(box) / w
         colour, style = step_style(t)
-        axis.add_patch(Rectangle((x, y), box_w, box_h, fill=False, ec=colour, ls=style, lw=1.5))
+        axis.add_patch(Rectangle((left + x, top + y), box_w, box_h, fill=False, ec=colour, ls=style, lw=1.5))
+
+
+def draw_bars(axis, place, probs) -> None:
+    """Probabilities of 0, 1, .. as bars, at a place of a sheet."""
+    left, top = 1.08 * place[1], 1.25 * place[0] + 0.22
+    width = 1 / len(probs)
+    for n, p in enumerate(probs):
+        axis.add_patch(Rectangle((left + (n + 0.1) * width, top + 0.85), 0.8 * width, -0.85 * float(p), color="0.3"))
+        axis.text(left + (n + 0.5) * width, top + 0.98, n, fontsize=7, ha="center")
+
+
+def caption(axis, place, text) -> None:
+    axis.text(1.08 * place[1] + 0.5, 1.25 * place[0] + 0.17, text, fontsize=8, ha="center")
 
 
 def step_style(t: int) -> tuple[str, str]:
     return STEP_STYLES[t % len(STEP_STYLES)]
 
 
-def grid(rows: int, columns: int, title=None, size: float = 1.1):
-    """A figure of `rows` by `columns` axes, `size` inches each, and the array of its axes."""
-    figure = Figure(figsize=(size * columns, size * rows + 0.6), dpi=110, layout="constrained")
+# ------------------------------------------------------------------------------------- learning
+
+
+def draw_curves(curves, title=None) -> np.ndarray:
+    """Curves over steps (above) and over minutes (below).
+
+    curves: a dictionary from names to triples of equally long lists: steps, seconds and values. A
+    value may be None.
+    """
+    figure = Figure(figsize=(2.9 * len(curves), 4.6), dpi=DPI)
+    axes = figure.subplots(2, len(curves), squeeze=False)
+    figure.subplots_adjust(left=0.05, right=0.99, top=0.86, bottom=0.1, wspace=0.25, hspace=0.35)
+    for column, (name, (steps, seconds, values)) in zip(axes.T, curves.items()):
+        values = np.array(values, float)
+        for axis, at, unit in zip(column, (steps, np.divide(seconds, 60)), ("step", "minutes of training")):
+            axis.plot(at, values, ".-", color="C0")
+            axis.set_xlabel(unit, fontsize=8)
+            axis.tick_params(labelsize=7)
+            axis.grid(alpha=0.3)
+        column[0].set_title(name, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=10)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return render(figure)
 
 
-def render(figure: Figure) -> np.ndarray:
-    """The figure's pixels."""
+def draw_confusion(confusion, title=None) -> np.ndarray:
+    """True against inferred count, `[true, inferred]` numbers of images, as a heat map of each row's shares."""
+    confusion = np.asarray(confusion)
+    shares = confusion / confusion.sum(1, keepdims=True).clip(min=1)
+    rows, columns = confusion.shape
+    figure = Figure(figsize=(1.3 + 1.0 * columns, 1.3 + 0.8 * rows), dpi=DPI, layout="tight")
+    axis = figure.subplots()
+    # The few errors shall be seen beside the many that are right.
+    axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.4, 0, 1))
+    for true, inferred in np.ndindex(confusion.shape):
+        colour = "white" if shares[true, inferred] > 0.3 else "black"
+        axis.text(inferred, true, f"{confusion[true, inferred]:,}", ha="center", va="center", color=colour, fontsize=9)
+    axis.set(xlabel="inferred count", ylabel="true count", xticks=range(columns), yticks=range(rows))
+    if title:
+        axis.set_title(title, fontsize=10)
+    return render(figure)
+
+
+def render(figure: Figure, most: int = 0) -> np.ndarray:
+    """The figure's pixels, with a legend of the first `most` steps' boxes."""
+    if most:
+        styles = [Rectangle((0, 0), 1, 1, fill=False, ec=c, ls=s, lw=1.5) for c, s in map(step_style, range(most))]
+        labels = [f"step {t + 1}" for t in range(most)]
+        figure.legend(styles, labels, loc="lower center", ncols=most, fontsize=8, frameon=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+# --------------------------------------------------------------------------------------- showing
+
+
+class Screen:
+    """Where pictures are shown: as PNG files in a folder and, if there is one, on a dashboard."""
+
+    def __init__(self, folder: Path, dashboard: "Dashboard | None" = None):
+        self.folder, self.dashboard, self.lost = folder, dashboard, False
+
+    def show(self, pictures: dict[str, tuple[str, np.ndarray]]) -> None:
+        """Show pictures by name, each with its title, in place of those with the same names.
+
+        All are sent each time, so that a server that was started again has all of them.
+        """
+        for name, (_, picture) in pictures.items():
+            temporary = self.folder / f".{name}.png.{os.getpid()}"
+            Image.fromarray(picture).save(temporary, format="png")
+            os.replace(temporary, self.folder / f"{name}.png")
+        if self.dashboard is None:
+            return
+        try:
+            for name, (title, picture) in pictures.items():
+                self.dashboard.show(name, title, picture)
+            self.lost = False
+        except ConnectionError:
+            if not self.lost:
+                where = f"visdom at {self.dashboard.address} does not answer"
+                tqdm.write(f"{where}; pictures still go to {self.folder}, and there again when it is back", sys.stderr)
+            self.lost = True
+
+
+class Dashboard(Visdom):
+    """A visdom server that shows pictures, each in a window of its own that is updated in place.
+
+    Raises ConnectionError if the server does not answer: within a second at first, later within five.
+    """
+
+    timeout = 1.0
+
+    def __init__(self, server: str, port: int, env: str):
+        logging.getLogger("visdom").setLevel(logging.ERROR)  # It warns of what is meant to be so.
+        super().__init__(server=server, port=port, env=env, raise_exceptions=True, use_incoming_socket=False)
+        self.address = f"{self.server}:{self.port}"
+        self.timeout = 5.0
+
+    def _handle_post(self, url, data=None):
+        # visdom itself would wait for ever for a server that no longer answers, and take an error for an answer.
+        response = self.session.post(url, data=data or {}, timeout=self.timeout)
+        response.raise_for_status()
+        return response.text
+
+    def show(self, name: str, title: str, picture: np.ndarray) -> None:
+        height, width, _ = picture.shape
+        # The window's size at first; it can be drawn larger on the page.
+        options = {"title": title, "width": width * 6 // 10, "height": height * 6 // 10}
+        self.image(picture.transpose(2, 0, 1), win=name, opts=options)

@@ -62,6 +62,7 @@ def train(name: str, seed: int, args) -> list[dict]:
         flags = ["--estimator", estimator, "--baseline", baseline, "--seed", seed]
         flags += ["-n", args.num_steps, "-b", args.batch_size]
         flags += ["--eval-every", args.eval_every, "--save-every", MIDDLE, "--data-dir", args.data_dir]
+        flags += ["--visdom", "off"]
         if (folder / "checkpoint.pt").exists():
             flags += ["--load", folder]
         else:

@@ -67,7 +67,7 @@ def test_model_density_by_hand(air, x):
 
 @pytest.mark.parametrize("refine", [True, False])
 def test_guide_density_by_hand(x, refine):
-    air = AIR(**SMALL, refine=refine).double()
+    air = AIR(**SMALL, refine=refine).double().eval()
     if refine:
         nn.init.normal_(air.refine.correct.weight, std=0.3)
     values = choices(COUNTS)
@@ -109,6 +109,17 @@ def test_steps_after_the_last_object_contribute_nothing(air, x):
         complete = values[f"z_pres_{t - 1}"] == 0
         in_model, in_guide = (trace.nodes[f"z_pres_{t}"]["log_prob"][complete] for trace in traces)
         assert torch.equal(in_model, in_guide) and complete.any()
+
+
+def test_exploration_only_while_training(x):
+    air = AIR(**SMALL, exploration=0.1).double()
+    with torch.no_grad():
+        air.predict.mlp[-1].bias[0] = -1000.0  # the guide is sure that there is nothing
+    assert air.guide(x)[0].p_more.tolist() == pytest.approx([0.1] * 6)
+    with torch.no_grad():
+        air.predict.mlp[-1].bias[0] = 1000.0
+    assert air.guide(x)[0].p_more.tolist() == pytest.approx([0.9] * 6)
+    assert air.infer(x).counts.tolist() == [3] * 6 and air.training
 
 
 def test_prior_over_counts(air):
@@ -236,6 +247,8 @@ def test_tracegraph_is_unbiased(x, baseline):
 def test_inference_reads_the_guide_out(air, x):
     torch.manual_seed(5)
     seen = air.infer(x)
+    assert air.training
+    air.eval()
     torch.manual_seed(5)
     loss = TraceGraph_ELBO(max_plate_nesting=1).loss(air.model, air.guide, x)
     assert float(seen.elbo.sum()) == pytest.approx(-loss)
@@ -248,6 +261,16 @@ def test_inference_reads_the_guide_out(air, x):
     many = torch.stack([air.infer(x).counts for _ in range(200)])
     shares = torch.stack([(many == n).double().mean(0) for n in range(4)], -1)
     assert (shares - seen.count_probs).abs().max() < 0.2
+
+
+def test_imagined_scenes_have_as_many_objects_as_asked_for(air):
+    scenes = air.imagine(torch.tensor([0, 1, 2, 3]))
+    assert scenes.shape == (4, 50, 50) and scenes[0].max() == 0 and (scenes[1:].amax((1, 2)) > 0).all()
+    torch.manual_seed(0)
+    one = air.imagine(torch.tensor([1, 1]))
+    torch.manual_seed(0)
+    two = air.imagine(torch.tensor([1, 2]))  # The same objects, and one more.
+    assert torch.equal(one[0], two[0]) and (two[1] >= one[1]).all() and two[1].sum() > one[1].sum()
 
 
 def test_runs_on_a_device_that_is_not_the_cpu():

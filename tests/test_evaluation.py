@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from pyro import poutine
 
 from air import AIR
-from evaluation import evaluate
+from evaluation import baseline_explains, evaluate
 from multi_mnist import Scenes
 
 
@@ -49,3 +50,48 @@ def test_without_true_counts(air, scenes):
     result = evaluate(air, Scenes(scenes.x[:5] / np.float32(255)))
     assert result["images"] == 5 and np.isfinite(result["elbo"])
     assert result["count_accuracy"] is result["count_accuracy_mode"] is result["confusion"] is None
+
+
+def test_how_much_the_baseline_explains(scenes):
+    """With one step, what follows the choice is the ELBO without the empty canvas's likelihood."""
+    torch.manual_seed(0)
+    air = AIR(num_steps=1, rnn_size=16, hidden_size=16, baseline_size=8, exploration=0.0)
+    x = torch.from_numpy(scenes.x).float() / 255
+    torch.manual_seed(1)
+    elbo = air.infer(x).elbo
+    empty = torch.distributions.Normal(0.0, 0.3).log_prob(x).sum((1, 2))
+    gains = (elbo - empty).double()
+    for constant in (0.0, float(gains.mean())):
+        with torch.no_grad():
+            air.baseline.linear.weight.zero_()
+            air.baseline.linear.bias.fill_(constant / 100)  # BASELINE_SCALE
+        torch.manual_seed(1)
+        expected = 1 - float((gains - constant).square().mean() / gains.var(correction=0))
+        assert baseline_explains(air, x) == pytest.approx(expected, abs=1e-3)
+    assert expected == pytest.approx(0, abs=1e-6)  # The mean is a baseline that explains nothing.
+    assert baseline_explains(AIR(num_steps=1, rnn_size=16, hidden_size=16, baseline_size=8), x[:1]) is None
+
+
+def test_a_baseline_that_sees_the_future_explains_it_all(scenes, monkeypatch):
+    """With three steps: predictions that are what each step and the later ones will add."""
+    torch.manual_seed(0)
+    air = AIR(rnn_size=16, hidden_size=16, baseline_size=8, exploration=0.0)
+    x = torch.from_numpy(scenes.x[:50]).float() / 255
+    torch.manual_seed(1)
+    guide = poutine.trace(air.guide).get_trace(x)
+    model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x)
+    for trace in (guide, model):
+        trace.compute_log_prob()
+    to_come = [
+        sum(
+            trace.nodes[name]["log_prob"] * sign
+            for trace, sign in ((model, 1), (guide, -1))
+            for name in trace.nodes
+            if name[-1] in "012"[t:] and "log_prob" in trace.nodes[name]
+        )
+        for t in range(3)
+    ]
+    told = iter(to_come)
+    monkeypatch.setattr(air.baseline, "forward", lambda look, inputs, state: (next(told), state))
+    torch.manual_seed(1)
+    assert baseline_explains(air, x) == pytest.approx(1)

@@ -92,7 +92,7 @@ def test_plain_is_the_papers_guide_and_a_fixed_prior(run_main, tmp_path):
     finished = run_main(*SHORT, "--plain", "--out", tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
     air = AIR.load(tmp_path / "run" / "checkpoint.pt")
-    assert air.refine is None
+    assert air.refine is None and air.exploration == 0
     assert air.p_more.cumprod(0)[2] == pytest.approx(1e-6 / (1 + 1e-2 + 1e-4 + 1e-6))
 
 
