@@ -334,7 +334,7 @@ def connect(args) -> viz.Dashboard | None:
         return viz.Dashboard(args.visdom_server, args.visdom_port, args.visdom_env)
     except ConnectionError:
         none = f"no visdom server answers at {args.visdom_server}:{args.visdom_port}"
-        hint = "`python -m visdom.server` in another terminal starts one"
+        hint = "`python -m visdom.server -bind_local` in another terminal starts one"
         if args.visdom == "on":
             raise UsageError(f"--visdom on: {none}; {hint}") from None
         print(f"{none}, pictures go to {args.out or args.load.parent} only ({hint})", file=sys.stderr)

@@ -90,7 +90,12 @@ def screenshot(url: str, path: Path, width: int = 1500, height: int = 2400) -> N
     """What headless Chromium shows at `url`, as a PNG."""
     with tempfile.TemporaryDirectory() as profile:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        flags += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "--virtual-time-budget=30000"]
+        flags += [
+            f"--user-data-dir={profile}",
+            f"--window-size={width},{height}",
+            "--virtual-time-budget=30000",
+            "--run-all-compositor-stages-before-draw",
+        ]
         command = ["chromium", *flags, f"--screenshot={path}", url]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
 
