@@ -207,7 +207,7 @@ def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scen
 @pytest.mark.mnist
 @pytest.mark.slow
 def test_it_learns_to_count(tmp_path):
-    """300 steps on real MNIST: far above the 50% of a model that only tells empty scenes from others."""
+    """600 steps on real MNIST: far above the 50% of a model that only tells empty scenes from others."""
     import subprocess
     import sys
 
