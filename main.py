@@ -73,9 +73,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.eval_only:
             print(json.dumps(evaluate_only(args, checkpoint)))
         elif args.redraw:
-            redraw(args, checkpoint, connect(args))
+            redraw(args, checkpoint)
         else:
-            train(args, checkpoint, connect(args))
+            train(args, checkpoint)
     except (CheckpointError, DataError, UsageError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -86,12 +86,13 @@ def main(argv: list[str] | None = None) -> None:
 # --------------------------------------------------------------------------------- the main thing
 
 
-def train(args, checkpoint: dict | None, dashboard: viz.Dashboard | None) -> None:
+def train(args, checkpoint: dict | None) -> None:
     """Data, AIR, SVI, evaluation, checkpoint, pictures."""
     device = torch.device("cuda" if args.cuda else "cpu")
     train_scenes, validation_scenes, test_scenes = (
         load_split(split, args.data_dir, args.mnist_root) for split in ("train", "validation", "test")
     )
+    dashboard = connect(args)
     train_x = torch.from_numpy(train_scenes.x)  # uint8; a mini-batch becomes floats when it is drawn
 
     pyro.set_rng_seed(args.seed)
@@ -315,14 +316,14 @@ def draw(air: AIR, split: str, scenes: Scenes, folder: Path, seed: int, look_at:
     return {name: (titles[name], picture) for name, picture in pictures.items()}
 
 
-def redraw(args, checkpoint: dict, dashboard: viz.Dashboard | None) -> None:
+def redraw(args, checkpoint: dict) -> None:
     """The pictures of a run, once more, from what is in its folder."""
     folder = args.load.parent
     air = AIR.from_checkpoint(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
     finished = any(line["split"] == "test" for line in read_metrics(folder))
     split = "test" if finished else "validation"
     scenes = load_split(split, args.data_dir, args.mnist_root)
-    viz.Screen(folder, dashboard).show(draw(air, split, scenes, folder, args.seed))
+    viz.Screen(folder, connect(args)).show(draw(air, split, scenes, folder, args.seed))
     print(f"Pictures are in {folder}")
 
 

@@ -39,7 +39,8 @@ def test_a_run_leaves_what_it_should(run):
     assert finished.returncode == 0, finished.stderr
     assert "count accuracy" in finished.stdout and str(folder) in finished.stdout
     assert "6/6" in finished.stderr and "ELBO" in finished.stderr and "validation accuracy" in finished.stderr
-    names = {"attention.png", "reconstruction.png", "checkpoint.pt", "config.json", "metrics.jsonl"}
+    pictures = ("attention", "reconstruction", "steps", "mistakes", "prior", "curves", "confusion")
+    names = {"checkpoint.pt", "config.json", "metrics.jsonl", *(f"{name}.png" for name in pictures)}
     assert {file.name for file in folder.iterdir()} == names
     lines = metrics(folder)
     assert [(line["split"], line["step"]) for line in lines] == [
