@@ -41,7 +41,7 @@ TITLES = {
 CURVES = {
     "ELBO, nats per image": "elbo",
     "count accuracy": "count_accuracy",
-    "steps per second": "steps_per_s",
+    "steps per second, mean so far": "steps_per_s",
     "variance of the cost of a choice\nthat the baseline explains": "baseline_explains",
 }
 # The prior on the count with --plain, at all times.

@@ -147,6 +147,8 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(run, run_main, tmp_
 BAD = {
     ("--cuda",): "no CUDA device",
     ("--eval-only",): "needs --load",
+    ("--redraw",): "needs --load",
+    ("--visdom", "maybe"): "invalid choice",
     ("--data", "x.npz"): "needs --eval-only",
     ("--seed", "-1"): "invalid seed value: '-1'",
     ("--data-dir", str(ROOT / "README.md")): "README.md is not a folder",
