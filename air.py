@@ -18,6 +18,7 @@ What differs from the paper's description; the generative model's structure is t
 - While training, the guide keeps a small chance of either choice of `z_pres` (`exploration`).
 """
 
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -36,6 +37,8 @@ from modules import Decoder, Encoder, ImageLSTM, Predict, Refine, image_to_objec
 
 # The cost to come is some hundreds of nats. A network of unit scale would take long to reach that.
 BASELINE_SCALE = 100.0
+# Of a network, an image or a count: more is a mistake or, in a checkpoint, malice.
+LARGEST_SIZE = 10_000
 # How wide a look the guide takes at a proposed window, in widths of that window.
 GLIMPSE_WIDTH = 1.5
 
@@ -110,6 +113,9 @@ class AIR(nn.Module):
         if baseline not in ("rnn", "average", "none"):
             raise ValueError(f"baseline must be 'rnn', 'average' or 'none', not {baseline!r}")
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        for name, size in self.config.items():
+            if name.endswith(("_steps", "_size")) and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
+                raise ValueError(f"{name} must be a whole number from 1 to {LARGEST_SIZE:,}, not {size!r}")
         super().__init__()
         self.num_steps, self.image_size, self.window_size = num_steps, image_size, window_size
         self.z_what_size, self.likelihood_sd, self.exploration = z_what_size, likelihood_sd, exploration
@@ -300,10 +306,14 @@ class AIR(nn.Module):
         Written beside `path` and then renamed: `path` never holds half a file.
         """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}")
+        content = io.BytesIO()  # PyTorch's own writing tells less of a full disk.
+        torch.save({"air": self.config, "parameters": self.state_dict(), **others}, content)
         try:
-            torch.save({"air": self.config, "parameters": self.state_dict(), **others}, temporary)
+            temporary.write_bytes(content.getbuffer())
             os.replace(temporary, path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -315,9 +325,25 @@ class AIR(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, path="checkpoint") -> "AIR":
         try:
-            air = cls(**checkpoint["air"])
-            air.load_state_dict(checkpoint["parameters"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            config, parameters = checkpoint["air"], checkpoint["parameters"]
+            # Without memory at first: a file could claim any size.
+            with torch.device("meta"):
+                expected = cls(**config).state_dict()
+            for name in expected.keys() | parameters.keys():
+                shapes = [list(tensors[name].shape) for tensors in (expected, parameters)]
+                if shapes[0] != shapes[1]:
+                    raise ValueError(f"{name} has shape {shapes[1]}, expected {shapes[0]}")
+            stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters.values()}
+            if sum(p.nbytes for p in parameters.values()) > sum(stored.values()):
+                raise ValueError("its parameters share their numbers")
+            for name, parameter in parameters.items():
+                if not (parameter.is_floating_point() and parameter.isfinite().all()):
+                    raise ValueError(f"{name} holds what are not finite numbers")
+            air = cls(**config)
+            air.load_state_dict(parameters)
+        except KeyError as error:
+            raise CheckpointError(f"{path} is not a checkpoint of this AIR: one of the two has no {error}") from None
+        except Exception as error:  # Whatever else goes wrong, the file is at fault.
             raise CheckpointError(f"{path} is not a checkpoint of this AIR: {' '.join(str(error).split())}") from None
         return air
 
@@ -343,6 +369,8 @@ def read_checkpoint(path) -> dict:
     """The dictionary that `AIR.save` wrote. Raises CheckpointError if `path` is anything else."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+                raise CheckpointError(f"{path} is not a checkpoint: it claims to hold more than its size")
             damaged = archive.testzip()  # PyTorch itself does not look at the checksums.
         if damaged is not None:
             raise CheckpointError(f"{path} is damaged: {damaged} does not have its checksum")
@@ -352,7 +380,8 @@ def read_checkpoint(path) -> dict:
     except CheckpointError:
         raise
     except Exception as error:  # Whatever else goes wrong in reading, the file is at fault.
-        raise CheckpointError(f"{path} is not a checkpoint: {str(error).strip().splitlines()[0]}") from None
+        reason = str(error).strip() or type(error).__name__
+        raise CheckpointError(f"{path} is not a checkpoint: {reason.splitlines()[0]}") from None
     if not isinstance(checkpoint, dict) or not {"air", "parameters"} <= checkpoint.keys():
         raise CheckpointError(f"{path} is not a checkpoint of AIR: it has no 'air' and 'parameters'")
     return checkpoint

@@ -9,9 +9,13 @@ python main.py --load runs/NAME --redraw         # draw its pictures again
 import argparse
 import json
 import math
+import os
 import platform
+import signal
 import sys
 import time
+import warnings
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -19,8 +23,10 @@ import numpy as np
 import pyro
 import torch
 import torchvision
+from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
 from scipy.stats import binomtest
 from tqdm import tqdm
 
@@ -44,6 +50,10 @@ CURVES = {
     "steps per second, mean so far": "steps_per_s",
     "variance of the cost of a choice\nthat the baseline explains": "baseline_explains",
 }
+# A longer gradient (its norm, summed over the mini-batch) is a fault: in ordinary training it stays below 1e7.
+LONGEST_GRADIENT = 1e10
+# So many faulty steps within so many end a run.
+MOST_FAULTS, FAULTS_WITHIN = 3, 100
 # The prior on the count with --plain, at all times.
 PLAIN_COUNT_RATIO = 0.01
 # What a run is: a resumed run keeps these, and may be given others for the rest.
@@ -62,6 +72,7 @@ FIXED = (
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro's; `put_up_with` tells more
     try:
         checkpoint = None
         if args.load:
@@ -95,6 +106,7 @@ def train(args, checkpoint: dict | None) -> None:
     dashboard = connect(args)
     train_x = torch.from_numpy(train_scenes.x)  # uint8; a mini-batch becomes floats when it is drawn
 
+    pyro.clear_param_store()  # of an earlier run in the same process
     pyro.set_rng_seed(args.seed)
     if checkpoint:
         air = AIR.from_checkpoint(checkpoint, args.load)
@@ -117,14 +129,21 @@ def train(args, checkpoint: dict | None) -> None:
 
     if run.step == 0:
         show("validation", validation_scenes)
-    with tqdm(total=args.num_steps, initial=run.step, unit="step", mininterval=0.5, smoothing=0.05) as bar:
-        while run.step < args.num_steps:
+    bar = tqdm(total=args.num_steps, initial=run.step, unit="step", mininterval=0.5, smoothing=0.05)
+    with bar, stop_signals() as stopped:
+        while run.step < args.num_steps and not stopped:
             started = time.perf_counter()
             for group, rate in zip(adam.param_groups, rates):
                 group["lr"] = rate * schedule(run.step, args.num_steps)
             air.set_count_prior(PLAIN_COUNT_RATIO if args.plain else count_ratio(run.step, args.num_steps))
             batch = torch.randint(len(train_x), (args.batch_size,))
-            loss = svi.step(to_images(train_x[batch], device))
+            x = to_images(train_x[batch], device)
+            try:
+                loss = svi.step(x)
+            except (NumericalFault, RuntimeError) as fault:
+                run.put_up_with(fault, blame(air, x, fault))
+                adam.zero_grad()
+                continue  # Nothing was changed but the random numbers.
             run.step += 1
             run.seconds += time.perf_counter() - started
 
@@ -138,6 +157,12 @@ def train(args, checkpoint: dict | None) -> None:
                 show("validation", validation_scenes)
             if run.step % args.save_every == 0 or run.step == args.num_steps:
                 run.save()
+        if stopped:
+            run.save()
+            show("validation", validation_scenes)
+            bar.close()
+            print(f"{stopped[0].name} after step {run.step}: `--load {run.folder}` goes on from here", file=sys.stderr)
+            sys.exit(128 + stopped[0])
 
     result = run.record("test", evaluate(air, test_scenes))
     show("test", test_scenes)
@@ -158,7 +183,14 @@ def make_svi(air: AIR, estimator: str) -> tuple[SVI, torch.optim.Adam]:
     else:
         # z_pres is the guide's only discrete choice.
         guide, elbo = config_enumerate(air.guide), TraceEnum_ELBO(max_plate_nesting=1)
-    return SVI(air.model, guide, OneOptimizer(adam), elbo), adam
+
+    def loss_and_grads(*args):
+        loss = elbo.loss_and_grads(*args)
+        if not math.isfinite(loss):
+            raise NumericalFault(f"the loss is {loss}")
+        return loss
+
+    return SVI(air.model, guide, OneOptimizer(adam), elbo.loss, loss_and_grads), adam
 
 
 def schedule(step: int, num_steps: int, warm_up: int = 100) -> float:
@@ -172,12 +204,19 @@ def count_ratio(step: int, num_steps: int, first: float = 1e-4) -> float:
 
 
 class OneOptimizer(PyroOptim):
-    """Lets SVI step one torch optimizer for all parameters, where Pyro would make one for each of them."""
+    """Lets SVI step one torch optimizer for all parameters, where Pyro would make one for each of them.
+
+    Raises NumericalFault, and steps nothing, if the gradient is not finite or absurdly long.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
 
     def __call__(self, params) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        length = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
+        if not length < LONGEST_GRADIENT:
+            raise NumericalFault(f"the gradient's norm is {length:.1e}")
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -194,6 +233,63 @@ def evaluate_only(args, checkpoint: dict) -> dict:
     )
 
 
+# ------------------------------------------------------------------------- when things go wrong
+
+
+class NumericalFault(ArithmeticError):
+    """A loss or gradient that must not be used for a step."""
+
+
+class FirstFault(Messenger):
+    """Raises NumericalFault at the first sample site whose log-probability is not finite; knows the site it is at."""
+
+    site = None
+
+    def _pyro_sample(self, msg):
+        self.site = msg["name"]
+
+    def _pyro_post_sample(self, msg):
+        if not msg["fn"].log_prob(msg["value"]).isfinite().all():
+            raise NumericalFault
+
+
+@torch.no_grad()
+def blame(air: AIR, x: torch.Tensor, fault: Exception) -> str:
+    """Where the numbers go wrong on the mini-batch `x`: a sample site or, if all are well, a parameter's gradient.
+
+    Raises `fault` again if nothing is wrong with the numbers.
+    """
+    with FirstFault() as search:
+        try:
+            guide = poutine.trace(air.guide).get_trace(x)
+            poutine.replay(air.model, guide)(x)
+        except (NumericalFault, RuntimeError):  # PyTorch itself refuses to draw from some of what is not finite.
+            return f"site {search.site}"
+    if not isinstance(fault, NumericalFault):
+        raise fault
+    lengths = {name: p.grad.norm().nan_to_num(math.inf) for name, p in air.named_parameters() if p.grad is not None}
+    return f"the gradient of {max(lengths, key=lengths.get)}"
+
+
+@contextmanager
+def stop_signals():
+    """Within it, SIGINT and SIGTERM only add themselves to the list that it gives, each once; a second one acts."""
+    noted = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        noted.append(signal.Signals(number))
+        signal.signal(number, handlers[number])
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 # ---------------------------------------------------------------------------- what a run leaves
 
 
@@ -203,18 +299,17 @@ class Run:
     def __init__(self, args, air: AIR, optimizer: torch.optim.Optimizer, checkpoint: dict | None):
         self.args, self.air, self.optimizer = args, air, optimizer
         self.step, self.seconds, self.seconds_for_pictures, self.accuracy = 0, 0.0, 0.0, "-"
-        self.folder = args.out
+        self.folder, self.faults = args.out, []
         kept = []
         if checkpoint:
             self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            torch.set_rng_state(checkpoint["rng"])
-            if args.cuda and checkpoint["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+            self.restore(checkpoint)
             kept = [
                 line for line in read_metrics(args.load.parent) if line["step"] <= self.step and line["split"] != "test"
             ]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        elif args.overwrite:
+            for name in ("checkpoint.pt", "config.json", "metrics.jsonl", *(f"{name}.png" for name in TITLES)):
+                (self.folder / name).unlink(missing_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__}
         versions |= {"torchvision": torchvision.__version__, "numpy": np.__version__}
         flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -225,9 +320,15 @@ class Run:
             "versions": versions,
             "threads": torch.get_num_threads(),
         }
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        with open(self.folder / "metrics.jsonl", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write("config.json", json.dumps(config, indent=2) + "\n")
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file of the folder, at once or not at all."""
+        temporary = self.folder / f".{name}"
+        temporary.write_text(text)
+        os.replace(temporary, self.folder / name)
 
     def record(self, split: str, measured: dict) -> dict:
         """Append a line to metrics.jsonl."""
@@ -246,7 +347,41 @@ class Run:
             optimizer=self.optimizer.state_dict(),
             rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state() if self.args.cuda else None,
+            averages={  # of `--baseline average`, which Pyro keeps itself
+                name: value for name, value in pyro.get_param_store().items() if name.startswith("__baseline")
+            },
         )
+
+    def restore(self, checkpoint: dict) -> None:
+        """The optimizer's moments and the random numbers' state as they were. Raises CheckpointError."""
+        try:
+            state, groups = checkpoint["optimizer"]["state"], self.optimizer.state_dict()["param_groups"]
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            for number, moments in state.items():
+                shapes = {name: parameters[number].shape for name in ("exp_avg", "exp_avg_sq")} | {"step": ()}
+                if {name: tuple(value.shape) for name, value in moments.items()} != shapes:
+                    raise ValueError("the optimizer's state does not fit the parameters")
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            for name, average in checkpoint["averages"].items():
+                pyro.param(name, average.to(self.air.p_more.device))
+            if self.args.cuda and checkpoint["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+            torch.set_rng_state(checkpoint["rng"])
+        except Exception as error:  # Whatever goes wrong, the file is at fault.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"{self.args.load} cannot be gone on with: {reason}") from None
+
+    def put_up_with(self, fault: Exception, where: str) -> None:
+        """Tell of a step that was not taken; end the run if it was one too many."""
+        self.faults = [step for step in self.faults if step > self.step - FAULTS_WITHIN] + [self.step]
+        tqdm.write(f"step {self.step + 1} was not taken: {str(fault).splitlines()[0]}; from {where}", sys.stderr)
+        if len(self.faults) == MOST_FAULTS:
+            saved = self.folder / "checkpoint.pt"
+            sys.exit(
+                f"main.py: gave up, {MOST_FAULTS} steps of {FAULTS_WITHIN} went wrong; "
+                f"a smaller --learning-rate may help; "
+                + (f"{saved} is of an earlier step" if saved.exists() else "no checkpoint was due yet")
+            )
 
 
 def metrics_line(split: str, step: int, seconds: float, measured: dict) -> dict:
@@ -261,7 +396,11 @@ def metrics_line(split: str, step: int, seconds: float, measured: dict) -> dict:
 
 def read_metrics(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # A line cut short is not one.
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}") from None
 
 
 def draw(air: AIR, split: str, scenes: Scenes, folder: Path, seed: int, look_at: int = 1000) -> dict:
@@ -373,16 +512,17 @@ class UsageError(Exception):
     """The flags ask for something that cannot be done."""
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(**options) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Train Attend, Infer, Repeat on multi-MNIST.",
         usage="%(prog)s [options]   (-h lists them)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
+        **options,
     )
     add = parser.add_argument
     add("-n", "--num-steps", type=positive(int), default=3000, help="steps of the whole run, also when it is resumed")
-    add("-b", "--batch-size", type=positive(int), default=128, help="images per step")
+    add("-b", "--batch-size", type=positive(int, 100_000), default=128, help="images per step")
     add("-lr", "--learning-rate", type=positive(float), default=2e-3, help="largest learning rate of model and guide")
     add("-blr", "--baseline-learning-rate", type=positive(float), default=2e-3, help="the same of the baseline")
     add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
@@ -392,7 +532,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the paper's guide: no second look, no exploration; a fixed prior on the count",
     )
-    add("-t", "--model-steps", type=positive(int), default=3, help="most objects in an image, T")
+    add("-t", "--model-steps", type=positive(int, 100), default=3, help="most objects in an image, T")
     add("--seed", type=seed, default=0, help="of training; the scenes are the same for everyone")
     add("--cuda", action="store_true", help="train on the GPU")
     add("--eval-every", type=positive(int), default=500, metavar="STEPS", help="evaluate on validation scenes")
@@ -404,12 +544,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="show them on visdom; auto: if it answers",
     )
     add("--visdom-server", default="http://localhost", metavar="URL", help="where it is")
-    add("--visdom-port", type=positive(int), default=8097, metavar="PORT", help="and its port")
+    add("--visdom-port", type=positive(int, 65_535), default=8097, metavar="PORT", help="and its port")
     add("--visdom-env", default="air", metavar="NAME", help="visdom's environment that the windows are in")
     add("--save-every", type=positive(int), default=500, metavar="STEPS", help="write the checkpoint")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where digits and scenes are kept")
     add("--mnist-root", type=Path, metavar="DIR", help="a copy of MNIST you have, in torchvision's layout")
     add("--out", type=Path, metavar="DIR", help="the run's folder; if not given, runs/<date>-<time>-seed<seed>")
+    add("--overwrite", action="store_true", help="if --out is the folder of an earlier run, replace that run")
     add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: go on with it")
     add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes, print one JSON object")
     add("--redraw", action="store_true", help="with --load: draw the run's pictures again")
@@ -424,34 +565,46 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def positive(number: type):
-    """An argparse type: numbers greater than 0."""
+def positive(number: type, most: float = math.inf):
+    """An argparse type: numbers greater than 0, finite, and not greater than `most`."""
 
     def parse(text: str):
         value = number(text)
-        if not 0 < value < math.inf:
+        if not 0 < value <= most or value == math.inf:
             raise ValueError
         return value
 
-    parse.__name__ = f"{number.__name__} greater than 0"
+    parse.__name__ = f"{number.__name__} greater than 0" + (f", at most {most:,}" if most < math.inf else "")
     return parse
 
 
 def adopt_flags(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: dict) -> argparse.Namespace:
     """Parse again with the run's own flags as defaults; those that make the run what it is cannot change."""
-    missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng"} - checkpoint.keys()
-    missing |= {f"--{name.replace('_', '-')}" for name in FIXED if name not in checkpoint.get("flags", FIXED)}
+    missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng", "averages"} - checkpoint.keys()
+    flags = checkpoint["flags"] if isinstance(checkpoint.get("flags"), dict) else {}
+    missing |= {f"--{name.replace('_', '-')}" for name in ("num_steps", *FIXED) if name not in flags}
     if missing:
         raise CheckpointError(f"the checkpoint is not of a run of this script: it has no {', '.join(sorted(missing))}")
-    flags = checkpoint["flags"]
-    parser.set_defaults(**flags)
+    # Nothing in a file is taken on trust: its flags are parsed as if they had been typed.
+    typed = ["--plain"] if flags["plain"] is True else []
+    typed += [f"--{name.replace('_', '-')}={flags[name]}" for name in ("num_steps", *FIXED) if name != "plain"]
+    try:
+        own = make_parser(exit_on_error=False).parse_args(typed)
+    except argparse.ArgumentError as error:
+        raise CheckpointError(f"the checkpoint's flags are not of this script: {error}") from None
+    step, seconds = checkpoint["step"], checkpoint["seconds"]
+    if not (isinstance(step, int) and 0 <= step <= own.num_steps and isinstance(seconds, float) and seconds >= 0):
+        raise CheckpointError(f"the checkpoint cannot be of step {step!r} after {seconds!r} seconds")
+    parser.set_defaults(**{name: getattr(own, name) for name in ("num_steps", *FIXED)})
     args = parser.parse_args(argv)
     for name in FIXED:
-        if getattr(args, name) != flags[name]:
+        if getattr(args, name) != getattr(own, name):
             flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} {getattr(args, name)} contradicts the loaded run, which has {flags[name]}")
-    if args.num_steps < checkpoint["step"]:
-        raise UsageError(f"--num-steps {args.num_steps}: the run is already at step {checkpoint['step']}")
+            raise UsageError(
+                f"--{flag} {getattr(args, name)} contradicts the loaded run, which has {getattr(own, name)}"
+            )
+    if args.num_steps < step:
+        raise UsageError(f"--num-steps {args.num_steps}: the run is already at step {step}")
     return args
 
 
@@ -472,6 +625,8 @@ def check_flags(args) -> None:
         raise UsageError("--out has no use with --eval-only, which writes no file")
     if args.redraw and args.out:
         raise UsageError("--out has no use with --redraw, which draws in the run's own folder")
+    if args.overwrite and (args.load or not args.out):
+        raise UsageError("--overwrite is for --out without --load")
     if args.eval_only or args.redraw:
         return
     if args.estimator == "traceenum" and args.baseline not in (None, "none"):
@@ -481,11 +636,18 @@ def check_flags(args) -> None:
     if args.out is None:
         started = datetime.now().strftime("%Y%m%d-%H%M%S")
         args.out = args.load.parent if args.load else Path("runs", f"{started}-seed{args.seed}")
-    if args.out.exists() and not args.out.is_dir():
-        raise UsageError(f"--out {args.out} is not a folder")
+    nearest = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"--out {args.out}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise UsageError(f"--out {args.out}: {nearest} cannot be written to")
     resumed = args.load and args.out.resolve() == args.load.parent.resolve()
     if not resumed and args.out.exists() and any(args.out.iterdir()):
-        raise UsageError(f"--out {args.out} is not empty; name another folder, or --load it to go on with that run")
+        if not args.overwrite:
+            choices = "name another folder, --load it to go on with that run, or --overwrite it"
+            raise UsageError(f"--out {args.out} is not empty; {choices}")
+        if not (args.out / "config.json").exists():
+            raise UsageError(f"--overwrite: {args.out} is not empty, and not the folder of a run")
 
 
 if __name__ == "__main__":

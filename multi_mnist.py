@@ -26,6 +26,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,7 @@ SPLITS = {
     "validation": (True, slice(50_000, 60_000), 5_000),
     "test": (False, slice(0, 10_000), 10_000),
 }
+LARGEST_FILE = 2**28  # of arrays, unpacked, in bytes
 DIGIT_SIZE = 28
 CANVAS_SIZE = 50
 MAX_DIGITS = 2
@@ -261,15 +263,16 @@ def rule(split: str, n=None, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, see
 def read_cache(path: Path, made_by: dict) -> Scenes | None:
     """The cached scenes, or None if there are none or if they were not `made_by` the same rule."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_arrays(path) as file:
             stored = json.loads(str(file["rule"]))
             scenes = Scenes(*(file[name] for name in Scenes._fields))
+            intact = stored == made_by | {"sha256": digest(scenes)}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        print(f"{path} is damaged ({error}): making it again", file=sys.stderr)
+    except Exception as error:  # Whatever goes wrong in reading, the file is at fault.
+        print(f"{path} is damaged ({one_line(error)}): making it again", file=sys.stderr)
         return None
-    if stored != made_by | {"sha256": digest(scenes)}:
+    if not intact:
         print(f"{path} was made by other rules or is damaged: making it again", file=sys.stderr)
         return None
     return scenes
@@ -278,6 +281,9 @@ def read_cache(path: Path, made_by: dict) -> Scenes | None:
 def write_cache(path: Path, scenes: Scenes, made_by: dict) -> None:
     """Write under a temporary name, then rename: there is never half a file at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):  # by processes that were killed
+        if time.time() - left.stat().st_mtime > 3600:
+            left.unlink(missing_ok=True)
     stored = json.dumps(made_by | {"sha256": digest(scenes)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -296,21 +302,37 @@ def digest(scenes: Scenes) -> str:
     return sha256.hexdigest()
 
 
+def open_arrays(path):
+    """The arrays of an `.npz` file, without running code that it may hold, and if they are not too large."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > LARGEST_FILE:
+        raise ValueError(f"it holds {size / 2**20:,.0f} MiB, more than {LARGEST_FILE / 2**20:.0f}")
+    return np.load(path, allow_pickle=False)
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def load_file(path, canvas_size: int | None = None) -> Scenes:
     """A user's own `.npz`: `x`, uint8 or floats in [0, 1], `[n, h, h]`, and perhaps `counts` `[n]`.
 
     Raises DataError, with one line that says what is wrong, unless the file holds just that.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if "x" not in file:
-                raise DataError(f"{path} has no array 'x', only {', '.join(file.files) or 'nothing'}")
-            x = file["x"]
-            counts = file["counts"] if "counts" in file else None
+        with open_arrays(path) as file:
+            names = file.files
+            x = file["x"] if "x" in names else None
+            counts = file["counts"] if "counts" in names else None
+            if not all(isinstance(array, np.ndarray | None) for array in (x, counts)):
+                raise ValueError("what is in it is not an array")
     except FileNotFoundError:
         raise DataError(f"no such file: {path}") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a readable .npz file of plain arrays: {error}") from None
+    except Exception as error:  # Whatever else goes wrong in reading, the file is at fault.
+        raise DataError(f"{path} is not a readable .npz file of plain arrays: {one_line(error)}") from None
+    if x is None:
+        raise DataError(f"{path} has no array 'x', only {', '.join(map(repr, names)) or 'nothing'}")
     if x.ndim != 3 or not len(x) or x.shape[1] != x.shape[2]:
         raise DataError(f"images in {path} have shape {list(x.shape)}, expected [n, h, h] with n > 0")
     if canvas_size is not None and x.shape[1] != canvas_size:
@@ -318,7 +340,7 @@ def load_file(path, canvas_size: int | None = None) -> Scenes:
     if x.dtype != np.uint8:
         if x.dtype.kind != "f":
             raise DataError(f"images in {path} are {x.dtype}, expected uint8 or floats in [0, 1]")
-        if not (x.min() >= 0 and x.max() <= 1):  # False for NaN as well
+        if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
             raise DataError(f"images in {path} have values outside [0, 1], or NaN")
         x = x.astype(np.float32)
     if counts is not None:

@@ -185,7 +185,7 @@ class Screen:
         All are sent each time, so that a server that was started again has all of them.
         """
         for name, (_, picture) in pictures.items():
-            temporary = self.folder / f".{name}.png.{os.getpid()}"
+            temporary = self.folder / f".{name}.png"
             Image.fromarray(picture).save(temporary, format="png")
             os.replace(temporary, self.folder / f"{name}.png")
         if self.dashboard is None:

@@ -1,5 +1,8 @@
 """Small drawn digits and scenes, so that the tests need neither the network nor MNIST."""
 
+import contextlib
+import functools
+import io
 import os
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import main  # noqa: E402
 import multi_mnist  # noqa: E402
 
 
@@ -60,12 +64,24 @@ def data_dir(digits, tmp_path_factory):
     return folder
 
 
+def call_main(data_dir, *args, script=None) -> subprocess.CompletedProcess:
+    """main.py with these flags; without `script` in this process, which saves the seconds that imports take."""
+    args = [*map(str, args), "--data-dir", str(data_dir)]
+    if script:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, env=environment)
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main.main(args)
+        except SystemExit as exit:
+            status = exit.code
+            if isinstance(status, str):  # as Python itself does
+                status = 1
+                print(exit.code, file=sys.stderr)
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture
 def run_main(data_dir):
-    """Call main.py as a user does."""
-
-    def run(*args, script=ROOT / "main.py"):
-        command = [sys.executable, str(script), *map(str, args), "--data-dir", str(data_dir)]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-    return run
+    return functools.partial(call_main, data_dir)

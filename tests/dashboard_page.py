@@ -72,7 +72,7 @@ def server(folder: Path, port: int):
     with open(folder / "server.log", "w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
     try:
-        for _ in range(300):
+        for _ in range(1200):
             try:
                 requests.get(f"http://127.0.0.1:{port}/", timeout=1)
                 break

@@ -315,7 +315,7 @@ def test_bad_checkpoints_are_told_apart(tmp_path):
     with pytest.raises(CheckpointError, match="no 'air' and 'parameters'"):
         AIR.load(path)
     torch.save({"air": {**SMALL, "rnn_size": 32}, "parameters": AIR(**SMALL).state_dict()}, path)
-    with pytest.raises(CheckpointError, match="size mismatch.*rnn") as error:
+    with pytest.raises(CheckpointError, match=r"has shape \[.*\], expected \[") as error:
         AIR.load(path)
     assert "\n" not in str(error.value)
     AIR(**SMALL).save(path)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call_main
 
 import main
 from air import AIR
@@ -28,10 +28,8 @@ def parameters(folder):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data_dir):
     """One finished run, and what it printed."""
-    from conftest import run_main
-
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    return folder, run_main.__wrapped__(data_dir)(*SHORT, "--out", folder)
+    return folder, call_main(data_dir, *SHORT, "--out", folder, script=ROOT / "main.py")
 
 
 def test_a_run_leaves_what_it_should(run):
@@ -144,42 +142,69 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(run, run_main, tmp_
     assert [line["step"] for line in metrics(straight)] == [2, 4, 6, 6]
 
 
-BAD = {
-    ("--cuda",): "no CUDA device",
-    ("--eval-only",): "needs --load",
-    ("--redraw",): "needs --load",
-    ("--visdom", "maybe"): "invalid choice",
-    ("--data", "x.npz"): "needs --eval-only",
-    ("--seed", "-1"): "invalid seed value: '-1'",
-    ("--data-dir", str(ROOT / "README.md")): "README.md is not a folder",
-    ("-n", "-5"): "--num-steps: invalid int greater than 0 value: '-5'",
-    ("-n", "0"): "greater than 0",
-    ("-b", "many"): "greater than 0",
-    ("-lr", "nan"): "greater than 0",
-    ("-blr", "0"): "greater than 0",
-    ("--eval-every", "0"): "greater than 0",
-    ("--steps", "5"): "unrecognized arguments",
-    ("--load", "nowhere"): "no such checkpoint: nowhere",
-    ("--load", str(ROOT / "README.md")): "not a checkpoint",
-    ("--mnist-root", "nowhere", "--data-dir", "nowhere"): "no intact MNIST in nowhere",
-    ("--estimator", "exact"): "invalid choice: 'exact'",
-    ("--estimator", "traceenum", "--baseline", "rnn"): "--baseline rnn has no use with traceenum",
-    ("--out", str(ROOT / "README.md")): "README.md is not a folder",
-    ("--out", str(ROOT / "tests")): "not empty",
-}
+GREATER = "greater than 0"
+BAD = [
+    ("-n -5", "--num-steps: invalid int greater than 0 value: '-5'"),
+    ("-n 0", GREATER),
+    ("-n 1e3", GREATER),
+    ("-b many", GREATER),
+    ("-b 1000000", "at most 100,000"),
+    ("-lr nan", GREATER),
+    ("-lr inf", GREATER),
+    ("-blr 0", GREATER),
+    ("--estimator exact", "invalid choice: 'exact'"),
+    ("--estimator traceenum --baseline rnn", "--baseline rnn has no use with traceenum"),
+    ("--baseline mean", "invalid choice: 'mean'"),
+    ("--plain yes", "unrecognized arguments: yes"),
+    ("-t 0", GREATER),
+    ("-t 2.5", GREATER),
+    ("-t 101", "at most 100"),
+    ("--seed -1", "invalid seed value: '-1'"),
+    ("--seed 4294967296", "invalid seed value"),
+    ("--seed one", "invalid seed value"),
+    ("--cuda", "no CUDA device"),
+    ("--eval-every 0", GREATER),
+    ("--viz-every -1", GREATER),
+    ("--save-every x", GREATER),
+    ("--visdom maybe", "invalid choice: 'maybe'"),
+    ("--visdom on --visdom-server http://127.0.0.1 --visdom-port 9", "no visdom server answers at http://127.0.0.1:9"),
+    ("--visdom-server", "expected one argument"),
+    ("--visdom-port 65536", "at most 65,535"),
+    ("--visdom-env", "expected one argument"),
+    (f"--data-dir {ROOT}/README.md", "README.md is not a folder"),
+    ("--mnist-root nowhere --data-dir nowhere", "no intact MNIST in nowhere"),
+    (f"--out {ROOT}/README.md", "README.md is not a folder"),
+    (f"--out {ROOT}/README.md/run", "README.md is not a folder"),
+    (f"--out {ROOT}/tests", "not empty"),
+    (f"--out {ROOT}/tests --overwrite", "not the folder of a run"),
+    ("--overwrite", "--overwrite is for --out"),
+    ("--load nowhere", "no such checkpoint: nowhere"),
+    (f"--load {ROOT}/README.md", "not a checkpoint"),
+    ("--eval-only", "needs --load"),
+    ("--redraw", "needs --load"),
+    ("--data x.npz", "needs --eval-only"),
+    ("--steps 5", "unrecognized arguments"),
+    ("--num 5", "unrecognized arguments"),
+]
 
 
-@pytest.mark.parametrize("flags", BAD, ids=" ".join)
-def test_bad_flags_are_told_in_two_lines(flags, monkeypatch, capsys, tmp_path, data_dir):
+@pytest.mark.parametrize("flags, error", BAD, ids=[flags for flags, _ in BAD])
+def test_bad_flags_are_told_in_two_lines(flags, error, monkeypatch, capsys, tmp_path, data_dir):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["main.py", "--data-dir", str(data_dir), *flags])
+    monkeypatch.setattr("sys.argv", ["main.py", "--data-dir", str(data_dir), *flags.split()])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as exit:
         main.main()
     out, err = capsys.readouterr()
     assert exit.value.code == 2 and not out
-    assert len(err.splitlines()) == 2 and BAD[flags] in err
+    assert len(err.splitlines()) == 2 and error in err
     assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_every_flag_has_been_tried_with_something_bad():
+    tried = {word for flags, _ in BAD for word in flags.split()}
+    for action in main.make_parser()._actions:
+        assert action.dest == "help" or tried & set(action.option_strings), action.option_strings
 
 
 def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scenes, tmp_path):

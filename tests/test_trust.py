@@ -1,0 +1,233 @@
+"""What goes wrong in a long run, made to go wrong: nothing is lost, and nothing goes wrong in silence."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import main
+import multi_mnist
+from air import AIR, read_checkpoint
+
+SHORT = ("-b", 8, "--visdom", "off")
+
+
+def metrics(folder):
+    """Lines of metrics.jsonl without the timings."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("seconds", "steps_per_s")} for line in lines]
+
+
+def state(folder):
+    """All that a run's future depends on, as one flat dictionary of tensors."""
+    checkpoint = read_checkpoint(folder / "checkpoint.pt")
+    flat = {"rng": checkpoint["rng"], **checkpoint["parameters"], **checkpoint["averages"]}
+    for number, moments in checkpoint["optimizer"]["state"].items():
+        flat |= {f"{name} {number}": value for name, value in moments.items()}
+    return flat
+
+
+@pytest.fixture
+def start(data_dir):
+    """Start main.py and leave it running."""
+
+    def start(*args, **options):
+        command = [sys.executable, ROOT / "main.py", *map(str, args), "--data-dir", data_dir]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+        )
+
+    return start
+
+
+def wait_until(run, folder, step):
+    """Until the running `run` has evaluated at `step` or later."""
+    while not (folder / "metrics.jsonl").exists() or not metrics(folder) or metrics(folder)[-1]["step"] < step:
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.005)
+
+
+LONG = [(300, flags) for flags in (("traceenum",), ("tracegraph",), ("tracegraph", "--baseline", "average"))]
+
+
+@pytest.mark.parametrize(
+    "n, flags",
+    [(60, ("traceenum",)), (60, ("tracegraph",)), *(pytest.param(*long, marks=pytest.mark.slow) for long in LONG)],
+)
+def test_resuming_is_exact(n, flags, start, run_main, tmp_path):
+    """Interrupted by signals after about a third and two thirds of its steps, a run ends bit for bit as without."""
+    often = ("--eval-every", n // 6, "--viz-every", 1000)
+    flags = (*SHORT, *often, "-n", n, "--estimator", *flags)
+    straight = run_main(*flags, "--out", tmp_path / "straight", script=ROOT / "main.py")
+    assert straight.returncode == 0, straight.stderr
+    for step, number, status in ((n // 3, signal.SIGINT, 130), (2 * n // 3, signal.SIGTERM, 143)):
+        where = ("--load", tmp_path / "run", *often) if step > n // 3 else ("--out", tmp_path / "run", *flags)
+        run = start(*where)
+        wait_until(run, tmp_path / "run", step)
+        run.send_signal(number)
+        _, errors = run.communicate(timeout=60)
+        assert run.returncode == status, errors
+        assert f"{signal.Signals(number).name} after step" in errors.splitlines()[-1] and "Traceback" not in errors
+        assert step <= read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] < step + n // 6
+        assert (tmp_path / "run" / "attention.png").exists()
+    finished = run_main("--load", tmp_path / "run", *often, script=ROOT / "main.py")
+    assert finished.returncode == 0, finished.stderr
+    expected, actual = state(tmp_path / "straight"), state(tmp_path / "run")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "run")
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(kills, start, run_main, tmp_path, data_dir):
+    """A run that saves at every step, killed at random: whatever it leaves can be gone on with."""
+    folder, rng = tmp_path / "run", random.Random(kills)
+    flags = (*SHORT, "-n", 100_000, "--save-every", 2, "--eval-every", 3, "--viz-every", 7, "--out", folder)
+    reached = 0
+    for _ in range(kills):
+        resume = (folder / "checkpoint.pt").exists()
+        run = start(*(("--load", folder, *flags[4:]) if resume else (*flags, "--overwrite")))
+        wait_until(run, folder, reached + 3)
+        time.sleep(rng.uniform(0, 1.5))
+        run.kill()
+        run.communicate()
+        evaluated = main.read_metrics(folder)[-1]["step"]
+        checkpoint = read_checkpoint(folder / "checkpoint.pt")  # complete, with its checksums
+        assert evaluated - 2 <= checkpoint["step"] and checkpoint["step"] >= reached
+        AIR.load(folder / "checkpoint.pt")
+        reached = checkpoint["step"]
+    finished = run_main("--load", folder, "-n", reached + 2, "--viz-every", 7)
+    assert finished.returncode == 0, finished.stderr
+    assert not [file.name for file in folder.iterdir() if file.name.startswith(".")]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import numpy as np
+import multi_mnist
+scenes = multi_mnist.compose(np.full((1, 28, 28), 9, np.uint8), np.zeros(1, int), 20_000, np.random.default_rng(0))
+while True:
+    multi_mnist.write_cache(Path({path!r}), scenes, multi_mnist.rule("train"))
+    print("written", flush=True)
+"""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_while_it_writes_the_data(kills, tmp_path, capsys):
+    path, rng = tmp_path / "multi_mnist-train.npz", random.Random(kills)
+    code = WRITER.format(root=str(ROOT), path=str(path))
+    for _ in range(kills):
+        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert writer.stdout.readline() == b"written\n"
+        time.sleep(rng.uniform(0, 0.2))
+        writer.kill()
+        writer.communicate()
+        scenes = multi_mnist.read_cache(path, multi_mnist.rule("train"))
+        assert len(scenes.x) == 20_000 and not capsys.readouterr().err
+    left = [file for file in tmp_path.iterdir() if file != path]
+    for file in left:
+        os.utime(file, (0, 0))
+    multi_mnist.write_cache(path, scenes, multi_mnist.rule("train"))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk(run_main, start, tmp_path):
+    """A limit on the size of files stands for it: the checkpoint no longer fits, the earlier one stays."""
+    folder = tmp_path / "run"
+    assert run_main(*SHORT, "-n", 2, "--out", folder).returncode == 0
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    limit = len(before["checkpoint.pt"]) // 2
+    full = start(
+        "--load", folder, "-n", 4, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    _, errors = full.communicate(timeout=60)
+    assert full.returncode != 0 and "File too large" in errors.splitlines()[-1] and "Traceback" not in errors
+    assert "checkpoint.pt" in errors.splitlines()[-1]
+    assert (folder / "checkpoint.pt").read_bytes() == before["checkpoint.pt"]
+    assert set(before) == {file.name for file in folder.iterdir()}
+
+
+def test_an_earlier_run_is_only_replaced_if_asked(run_main, tmp_path):
+    folder = tmp_path / "run"
+    assert run_main(*SHORT, "-n", 2, "--out", folder).returncode == 0
+    (folder / "notes.txt").write_text("mine")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    finished = run_main(*SHORT, "-n", 1, "--out", folder)
+    assert finished.returncode == 2 and "--overwrite" in finished.stderr.splitlines()[-1]
+    finished = run_main(*SHORT, "-n", 1, "--out", tmp_path, "--overwrite")
+    assert finished.returncode == 2 and "not the folder of a run" in finished.stderr.splitlines()[-1]
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert run_main(*SHORT, "-n", 1, "--out", folder, "--overwrite").returncode == 0
+    assert read_checkpoint(folder / "checkpoint.pt")["step"] == 1 and (folder / "notes.txt").read_text() == "mine"
+    assert [line["step"] for line in metrics(folder)] == [1, 1]
+
+
+def test_a_folder_that_cannot_be_written_to(run_main, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # Nothing is read-only to root.
+    finished = run_main(*SHORT, "-n", 1, "--out", tmp_path / "some" / "run")
+    assert finished.returncode == 2 and f"{tmp_path} cannot be written to" in finished.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def plant(monkeypatch, calls):
+    """A NaN in one pixel of the mini-batches (of 8) with these numbers."""
+    images, made = main.to_images, []
+
+    def planted(x, device="cpu"):
+        result = images(x, device)
+        if len(result) == 8:
+            made.append(result)
+            if len(made) in calls:
+                result[3, 20, 20] = float("nan")
+        return result
+
+    monkeypatch.setattr(main, "to_images", planted)
+
+
+@pytest.mark.parametrize("estimator", ["tracegraph", "traceenum"])
+def test_a_nan_in_a_mini_batch_is_not_learned_from(estimator, run_main, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        plant(patch, [2, 5])
+        finished = run_main(*SHORT, "-n", 6, "--estimator", estimator, "--out", tmp_path / "run")
+    assert finished.returncode == 0
+    told = [line for line in finished.stderr.splitlines() if "was not taken" in line]
+    assert len(told) == 2 and "step 2 was" in told[0] and "step 4 was" in told[1]
+    assert all("site z_pres_0" in line for line in told)
+    assert all(value.isfinite().all() for value in state(tmp_path / "run").values())
+
+
+def test_too_many_faults_end_a_run(run_main, monkeypatch, tmp_path):
+    plant(monkeypatch, [2, 4, 5])
+    finished = run_main(*SHORT, "-n", 6, "--save-every", 2, "--out", tmp_path / "run")
+    assert finished.returncode == 1
+    assert (
+        "gave up, 3 steps" in finished.stderr.splitlines()[-1] and "checkpoint.pt" in finished.stderr.splitlines()[-1]
+    )
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("estimator", ["tracegraph", "traceenum"])
+def test_an_absurd_learning_rate(estimator, run_main, tmp_path):
+    finished = run_main(*SHORT, "-n", 200, "--estimator", estimator, "-lr", 1e6, "--out", tmp_path / "run")
+    assert finished.returncode == 1 and finished.stderr.count("was not taken") == 3
+    assert "a smaller --learning-rate" in finished.stderr.splitlines()[-1]
+
+
+def test_other_errors_are_no_numerical_faults(run_main, monkeypatch, tmp_path):
+    def out_of_memory(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(AIR, "guide", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_main(*SHORT, "-n", 2, "--out", tmp_path / "run")
