@@ -359,10 +359,11 @@ class Baseline(nn.Module):
         super().__init__()
         self.rnn = ImageLSTM(image_size, input_size, state_size)
         self.linear = nn.Linear(state_size, 1)
+        self.scale = BASELINE_SCALE
 
     def forward(self, look: Tensor, inputs: Tensor, state: tuple) -> tuple[Tensor, tuple]:
         state = self.rnn(look, inputs, state)
-        return BASELINE_SCALE * self.linear(state[0])[:, 0], state
+        return self.scale * self.linear(state[0])[:, 0], state
 
 
 def read_checkpoint(path) -> dict:
