@@ -92,13 +92,14 @@ def gradients(name: str, checkpoint: dict, step: int, x: torch.Tensor, args) -> 
     pyro.clear_param_store()  # where Pyro keeps the running average
     pyro.set_rng_seed(0)
     svi, _ = script.make_svi(air, estimator)
-    if baseline == "average":
-        for _ in range(20):
-            svi.loss_and_grads(svi.model, svi.guide, x)
     rows = {group: [] for group in GROUPS}
-    for _ in range(args.draws):
+    settling = 40 if baseline == "average" else 0
+    for draw in range(settling + args.draws):
         air.zero_grad()
-        svi.loss_and_grads(svi.model, svi.guide, x)
+        # Shuffled: Pyro's running average has an entry for each place in the mini-batch, not for each image.
+        svi.loss_and_grads(svi.model, svi.guide, x[torch.randperm(len(x))])
+        if draw < settling:
+            continue
         for group in GROUPS:
             parameters = air.get_submodule(group).parameters()
             rows[group].append(torch.cat([p.grad.flatten() for p in parameters]) / len(x))
