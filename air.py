@@ -19,6 +19,7 @@ What differs from the paper's description; the generative model's structure is t
 """
 
 import io
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -116,6 +117,13 @@ class AIR(nn.Module):
         for name, size in self.config.items():
             if name.endswith(("_steps", "_size")) and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
                 raise ValueError(f"{name} must be a whole number from 1 to {LARGEST_SIZE:,}, not {size!r}")
+        for name in ("likelihood_sd", "count_ratio"):
+            if not 0 < self.config[name] < math.inf:
+                raise ValueError(f"{name} must be greater than 0, not {self.config[name]!r}")
+        if not all(0 < scale < math.inf for scale in z_where_scale):
+            raise ValueError(f"z_where_scale must be greater than 0, not {z_where_scale!r}")
+        if not 0 <= exploration < 0.5:
+            raise ValueError(f"exploration must be at least 0 and less than 0.5, not {exploration!r}")
         super().__init__()
         self.num_steps, self.image_size, self.window_size = num_steps, image_size, window_size
         self.z_what_size, self.likelihood_sd, self.exploration = z_what_size, likelihood_sd, exploration
@@ -339,6 +347,8 @@ class AIR(nn.Module):
             for name, parameter in parameters.items():
                 if not (parameter.is_floating_point() and parameter.isfinite().all()):
                     raise ValueError(f"{name} holds what are not finite numbers")
+            if not (parameters["p_more"].min() >= 0 and parameters["p_more"].max() <= 1):
+                raise ValueError("p_more holds what are not probabilities")
             air = cls(**config)
             air.load_state_dict(parameters)
         except KeyError as error:

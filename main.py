@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from datetime import datetime
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import numpy as np
 import pyro
 import torch
 import torchvision
+from filelock import FileLock, Timeout
 from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from pyro.optim import PyroOptim
@@ -67,6 +68,8 @@ FIXED = (
     "baseline",
     "plain",
 )
+# What a resumed run keeps if it is not told otherwise.
+KEPT = ("num_steps", "eval_every", "viz_every", "save_every")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,11 +89,17 @@ def main(argv: list[str] | None = None) -> None:
         elif args.redraw:
             redraw(args, checkpoint)
         else:
-            train(args, checkpoint)
-    except (CheckpointError, DataError, UsageError, OSError) as error:
-        parser.error(str(error))
+            with redirect_stderr(Unbreakable(sys.stderr)):
+                train(args, checkpoint)
+    except (CheckpointError, DataError, UsageError) as error:
+        parser.error(shorten(str(error)))
+    except OSError as error:
+        sys.exit(f"main.py: error: {error}")
     except KeyboardInterrupt:
-        print("interrupted: --load goes on from the last checkpoint", file=sys.stderr)
+        saved = args.out and (args.out / "checkpoint.pt").exists()
+        print(
+            "interrupted" + (f"; --load {args.out} goes on from the last checkpoint" if saved else ""), file=sys.stderr
+        )
         sys.exit(130)
 
 
@@ -127,10 +136,10 @@ def train(args, checkpoint: dict | None) -> None:
         screen.show(draw(air, split, scenes, run.folder, args.seed))
         run.seconds_for_pictures += time.perf_counter() - started
 
-    if run.step == 0:
-        show("validation", validation_scenes)
     bar = tqdm(total=args.num_steps, initial=run.step, unit="step", mininterval=0.5, smoothing=0.05)
-    with bar, stop_signals() as stopped:
+    with run.lock, bar, stop_signals() as stopped:
+        if run.step == 0:
+            show("validation", validation_scenes)
         while run.step < args.num_steps and not stopped:
             started = time.perf_counter()
             for group, rate in zip(adam.param_groups, rates):
@@ -151,6 +160,8 @@ def train(args, checkpoint: dict | None) -> None:
             bar.set_postfix_str(
                 f"ELBO {-loss / args.batch_size:.1f}, validation accuracy {run.accuracy}", refresh=False
             )
+            if run.step % math.gcd(args.eval_every, args.viz_every, args.save_every) == 0 or run.step == args.num_steps:
+                run.check_parameters()
             if run.step % args.eval_every == 0 or run.step == args.num_steps:
                 run.record("validation", evaluate(air, validation_scenes))
             if run.step % args.viz_every == 0:
@@ -228,6 +239,8 @@ def evaluate_only(args, checkpoint: dict) -> dict:
         scenes = load_file(args.data, air.image_size)
     else:
         scenes = load_split("test", args.data_dir, args.mnist_root)
+        if air.image_size != scenes.x.shape[1]:
+            raise UsageError(f"this AIR looks at images of {air.image_size} pixels, no test scenes are: give --data")
     return metrics_line(
         "data" if args.data else "test", checkpoint["step"], checkpoint["seconds"], evaluate(air, scenes)
     )
@@ -241,15 +254,19 @@ class NumericalFault(ArithmeticError):
 
 
 class FirstFault(Messenger):
-    """Raises NumericalFault at the first sample site whose log-probability is not finite; knows the site it is at."""
-
-    site = None
+    """Raises NumericalFault, and keeps the site's name, at the first site with parameters or a density not finite."""
 
     def _pyro_sample(self, msg):
-        self.site = msg["name"]
+        # Looked at before it is drawn from: PyTorch itself refuses to, with an error like many others.
+        if isinstance(msg["fn"], torch.distributions.Distribution) and not msg["is_observed"]:
+            self.check(msg, msg["fn"].mean, msg["fn"].variance)
 
     def _pyro_post_sample(self, msg):
-        if not msg["fn"].log_prob(msg["value"]).isfinite().all():
+        self.check(msg, msg["fn"].log_prob(msg["value"]))
+
+    def check(self, msg, *numbers):
+        if not all(number.isfinite().all() for number in numbers):
+            self.site = msg["name"]
             raise NumericalFault
 
 
@@ -263,8 +280,10 @@ def blame(air: AIR, x: torch.Tensor, fault: Exception) -> str:
         try:
             guide = poutine.trace(air.guide).get_trace(x)
             poutine.replay(air.model, guide)(x)
-        except (NumericalFault, RuntimeError):  # PyTorch itself refuses to draw from some of what is not finite.
+        except NumericalFault:
             return f"site {search.site}"
+        except RuntimeError:
+            raise fault from None
     if not isinstance(fault, NumericalFault):
         raise fault
     lengths = {name: p.grad.norm().nan_to_num(math.inf) for name, p in air.named_parameters() if p.grad is not None}
@@ -276,6 +295,7 @@ def stop_signals():
     """Within it, SIGINT and SIGTERM only add themselves to the list that it gives, each once; a second one acts."""
     noted = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def note(number, frame):
         noted.append(signal.Signals(number))
@@ -290,6 +310,34 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+class Unbreakable:
+    """A stream that may have lost its reader, as in `2>&1 | tee log` after a Ctrl-C; what cannot be told is not."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            pass
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def shorten(text: str) -> str:
+    """An error of files with much in them, as one line that can be read."""
+    text = " ".join(text.split())
+    return text if len(text) < 500 else f"{text[:400]} .. {text[-90:]}"
+
+
 # ---------------------------------------------------------------------------- what a run leaves
 
 
@@ -300,13 +348,17 @@ class Run:
         self.args, self.air, self.optimizer = args, air, optimizer
         self.step, self.seconds, self.seconds_for_pictures, self.accuracy = 0, 0.0, 0.0, "-"
         self.folder, self.faults = args.out, []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock = FileLock(self.folder / ".lock").acquire(timeout=0)
+        except Timeout:
+            raise UsageError(f"another process is training in {self.folder}") from None
         kept = []
         if checkpoint:
             self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
             self.restore(checkpoint)
-            kept = [
-                line for line in read_metrics(args.load.parent) if line["step"] <= self.step and line["split"] != "test"
-            ]
+            earlier = read_metrics(args.load.parent) if in_run_folder(args.load) else []
+            kept = [line for line in earlier if line["step"] <= self.step and line["split"] != "test"]
         elif args.overwrite:
             for name in ("checkpoint.pt", "config.json", "metrics.jsonl", *(f"{name}.png" for name in TITLES)):
                 (self.folder / name).unlink(missing_ok=True)
@@ -320,15 +372,19 @@ class Run:
             "versions": versions,
             "threads": torch.get_num_threads(),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.write("config.json", json.dumps(config, indent=2) + "\n")
         self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, name: str, text: str) -> None:
         """Write a small file of the folder, at once or not at all."""
         temporary = self.folder / f".{name}"
-        temporary.write_text(text)
-        os.replace(temporary, self.folder / name)
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, self.folder / name)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.folder / name)) from None
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def record(self, split: str, measured: dict) -> dict:
         """Append a line to metrics.jsonl."""
@@ -343,7 +399,7 @@ class Run:
             self.folder / "checkpoint.pt",
             step=self.step,
             seconds=self.seconds,
-            flags={name: getattr(self.args, name) for name in ("num_steps", *FIXED)},
+            flags={name: getattr(self.args, name) for name in (*KEPT, *FIXED)},
             optimizer=self.optimizer.state_dict(),
             rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state() if self.args.cuda else None,
@@ -361,6 +417,8 @@ class Run:
                 shapes = {name: parameters[number].shape for name in ("exp_avg", "exp_avg_sq")} | {"step": ()}
                 if {name: tuple(value.shape) for name, value in moments.items()} != shapes:
                     raise ValueError("the optimizer's state does not fit the parameters")
+                if not all(value.isfinite().all() for value in moments.values()):
+                    raise ValueError("the optimizer's state is not finite")
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             for name, average in checkpoint["averages"].items():
                 pyro.param(name, average.to(self.air.p_more.device))
@@ -376,12 +434,19 @@ class Run:
         self.faults = [step for step in self.faults if step > self.step - FAULTS_WITHIN] + [self.step]
         tqdm.write(f"step {self.step + 1} was not taken: {str(fault).splitlines()[0]}; from {where}", sys.stderr)
         if len(self.faults) == MOST_FAULTS:
-            saved = self.folder / "checkpoint.pt"
             sys.exit(
                 f"main.py: gave up, {MOST_FAULTS} steps of {FAULTS_WITHIN} went wrong; "
-                f"a smaller --learning-rate may help; "
-                + (f"{saved} is of an earlier step" if saved.exists() else "no checkpoint was due yet")
+                f"a smaller --learning-rate may help; {self.last_checkpoint()}"
             )
+
+    def check_parameters(self) -> None:
+        """End the run if they are not finite: nothing can be learned from there, and nothing shall be saved."""
+        if not all(parameter.isfinite().all() for parameter in self.air.parameters()):
+            sys.exit(f"main.py: gave up, step {self.step} made parameters infinite; {self.last_checkpoint()}")
+
+    def last_checkpoint(self) -> str:
+        saved = self.folder / "checkpoint.pt"
+        return f"{saved} is of an earlier step" if saved.exists() else "no checkpoint was due yet"
 
 
 def metrics_line(split: str, step: int, seconds: float, measured: dict) -> dict:
@@ -398,9 +463,12 @@ def read_metrics(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # A line cut short is not one.
-    except ValueError as error:
+        parsed = [json.loads(line) for line in lines if line.endswith("\n")]  # A line cut short is not one.
+        if not all(isinstance(line["split"], str) and isinstance(line["step"], int) for line in parsed):
+            raise ValueError("a line without split and step")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
+    return parsed
 
 
 def draw(air: AIR, split: str, scenes: Scenes, folder: Path, seed: int, look_at: int = 1000) -> dict:
@@ -521,10 +589,22 @@ def make_parser(**options) -> argparse.ArgumentParser:
         **options,
     )
     add = parser.add_argument
-    add("-n", "--num-steps", type=positive(int), default=3000, help="steps of the whole run, also when it is resumed")
+    add(
+        "-n",
+        "--num-steps",
+        type=positive(int, 10**9),
+        default=3000,
+        help="steps of the whole run, also when it is resumed",
+    )
     add("-b", "--batch-size", type=positive(int, 100_000), default=128, help="images per step")
-    add("-lr", "--learning-rate", type=positive(float), default=2e-3, help="largest learning rate of model and guide")
-    add("-blr", "--baseline-learning-rate", type=positive(float), default=2e-3, help="the same of the baseline")
+    add(
+        "-lr",
+        "--learning-rate",
+        type=positive(float, 10**6),
+        default=2e-3,
+        help="largest learning rate of model and guide",
+    )
+    add("-blr", "--baseline-learning-rate", type=positive(float, 10**6), default=2e-3, help="the same of the baseline")
     add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
     add("--baseline", choices=["rnn", "average", "none"], help="of tracegraph, against variance; if not given, rnn")
     add(
@@ -532,7 +612,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
         action="store_true",
         help="the paper's guide: no second look, no exploration; a fixed prior on the count",
     )
-    add("-t", "--model-steps", type=positive(int, 100), default=3, help="most objects in an image, T")
+    add("-t", "--model-steps", type=positive(int, 50), default=3, help="most objects in an image, T")
     add("--seed", type=seed, default=0, help="of training; the scenes are the same for everyone")
     add("--cuda", action="store_true", help="train on the GPU")
     add("--eval-every", type=positive(int), default=500, metavar="STEPS", help="evaluate on validation scenes")
@@ -582,12 +662,12 @@ def adopt_flags(parser: argparse.ArgumentParser, argv: list[str] | None, checkpo
     """Parse again with the run's own flags as defaults; those that make the run what it is cannot change."""
     missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng", "averages"} - checkpoint.keys()
     flags = checkpoint["flags"] if isinstance(checkpoint.get("flags"), dict) else {}
-    missing |= {f"--{name.replace('_', '-')}" for name in ("num_steps", *FIXED) if name not in flags}
+    missing |= {f"--{name.replace('_', '-')}" for name in (*KEPT, *FIXED) if name not in flags}
     if missing:
         raise CheckpointError(f"the checkpoint is not of a run of this script: it has no {', '.join(sorted(missing))}")
     # Nothing in a file is taken on trust: its flags are parsed as if they had been typed.
     typed = ["--plain"] if flags["plain"] is True else []
-    typed += [f"--{name.replace('_', '-')}={flags[name]}" for name in ("num_steps", *FIXED) if name != "plain"]
+    typed += [f"--{name.replace('_', '-')}={flags[name]}" for name in (*KEPT, *FIXED) if name != "plain"]
     try:
         own = make_parser(exit_on_error=False).parse_args(typed)
     except argparse.ArgumentError as error:
@@ -595,7 +675,7 @@ def adopt_flags(parser: argparse.ArgumentParser, argv: list[str] | None, checkpo
     step, seconds = checkpoint["step"], checkpoint["seconds"]
     if not (isinstance(step, int) and 0 <= step <= own.num_steps and isinstance(seconds, float) and seconds >= 0):
         raise CheckpointError(f"the checkpoint cannot be of step {step!r} after {seconds!r} seconds")
-    parser.set_defaults(**{name: getattr(own, name) for name in ("num_steps", *FIXED)})
+    parser.set_defaults(**{name: getattr(own, name) for name in (*KEPT, *FIXED)})
     args = parser.parse_args(argv)
     for name in FIXED:
         if getattr(args, name) != getattr(own, name):
@@ -619,6 +699,8 @@ def check_flags(args) -> None:
         raise UsageError("--redraw has no use with --eval-only, which draws nothing")
     if args.data_dir.exists() and not args.data_dir.is_dir():
         raise UsageError(f"--data-dir {args.data_dir} is not a folder")
+    if args.mnist_root and not args.mnist_root.is_dir():
+        raise UsageError(f"--mnist-root {args.mnist_root} is not a folder")
     if args.data and not args.eval_only:
         raise UsageError("--data needs --eval-only")
     if args.eval_only and args.out:
@@ -627,6 +709,11 @@ def check_flags(args) -> None:
         raise UsageError("--out has no use with --redraw, which draws in the run's own folder")
     if args.overwrite and (args.load or not args.out):
         raise UsageError("--overwrite is for --out without --load")
+    if args.load and not args.eval_only and not in_run_folder(args.load):
+        if args.redraw:
+            raise UsageError(f"--redraw: {args.load} is not in the folder of a run")
+        if not args.out:
+            raise UsageError(f"{args.load} is not in the folder of a run: name a folder to go on in with --out")
     if args.eval_only or args.redraw:
         return
     if args.estimator == "traceenum" and args.baseline not in (None, "none"):
@@ -636,18 +723,32 @@ def check_flags(args) -> None:
     if args.out is None:
         started = datetime.now().strftime("%Y%m%d-%H%M%S")
         args.out = args.load.parent if args.load else Path("runs", f"{started}-seed{args.seed}")
-    nearest = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    nearest = next(path for path in (args.out, *args.out.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir():
         raise UsageError(f"--out {args.out}: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK):
         raise UsageError(f"--out {args.out}: {nearest} cannot be written to")
-    resumed = args.load and args.out.resolve() == args.load.parent.resolve()
-    if not resumed and args.out.exists() and any(args.out.iterdir()):
+    resumed = args.load and in_run_folder(args.load) and args.out.resolve() == args.load.parent.resolve()
+    # Hidden files are the lock, and what a run that was killed had not finished writing.
+    if not resumed and args.out.exists() and any(not file.name.startswith(".") for file in args.out.iterdir()):
         if not args.overwrite:
             choices = "name another folder, --load it to go on with that run, or --overwrite it"
             raise UsageError(f"--out {args.out} is not empty; {choices}")
-        if not (args.out / "config.json").exists():
+        if not is_run_folder(args.out):
             raise UsageError(f"--overwrite: {args.out} is not empty, and not the folder of a run")
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether there is a config.json of ours."""
+    try:
+        return json.loads((folder / "config.json").read_text()).keys() >= {"flags", "air", "versions"}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def in_run_folder(checkpoint: Path) -> bool:
+    """Whether this is a run's own checkpoint, not a copy or link of it somewhere else."""
+    return checkpoint.name == "checkpoint.pt" and not checkpoint.is_symlink() and is_run_folder(checkpoint.parent)
 
 
 if __name__ == "__main__":

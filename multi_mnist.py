@@ -332,7 +332,7 @@ def load_file(path, canvas_size: int | None = None) -> Scenes:
     except Exception as error:  # Whatever else goes wrong in reading, the file is at fault.
         raise DataError(f"{path} is not a readable .npz file of plain arrays: {one_line(error)}") from None
     if x is None:
-        raise DataError(f"{path} has no array 'x', only {', '.join(map(repr, names)) or 'nothing'}")
+        raise DataError(f"{path} has no array 'x', only {', '.join(map(repr, names[:5])) or 'nothing'}")
     if x.ndim != 3 or not len(x) or x.shape[1] != x.shape[2]:
         raise DataError(f"images in {path} have shape {list(x.shape)}, expected [n, h, h] with n > 0")
     if canvas_size is not None and x.shape[1] != canvas_size:
@@ -344,8 +344,8 @@ def load_file(path, canvas_size: int | None = None) -> Scenes:
             raise DataError(f"images in {path} have values outside [0, 1], or NaN")
         x = x.astype(np.float32)
     if counts is not None:
-        if counts.shape != (len(x),) or counts.dtype.kind not in "iu" or counts.min() < 0:
-            raise DataError(f"counts in {path} must be {len(x)} whole numbers of at least 0, one an image")
+        if counts.shape != (len(x),) or counts.dtype.kind not in "iu" or counts.min() < 0 or counts.max() > 1000:
+            raise DataError(f"counts in {path} must be {len(x)} whole numbers from 0 to 1,000, one an image")
         counts = counts.astype(np.int64)
     return Scenes(x, counts)
 
@@ -365,7 +365,7 @@ def main() -> None:
             print(f"{split}: {len(scenes.x):,} scenes of {scenes.x.shape[1]}x{scenes.x.shape[2]} pixels; {shares}")
             if split == "train":
                 sheet = viz.draw_scenes(scenes.x[:40], [box[box[:, 0] >= 0] for box in scenes.boxes[:40]], columns=10)
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     path = Path(args.data_dir) / "contact_sheet.png"
     Image.fromarray(sheet).save(path)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from tqdm import tqdm
+from urllib3.exceptions import HTTPError
 from visdom import Visdom
 
 # A step's boxes, told apart by colour (the paper's) and, for those who cannot see it, by line style.
@@ -186,8 +187,11 @@ class Screen:
         """
         for name, (_, picture) in pictures.items():
             temporary = self.folder / f".{name}.png"
-            Image.fromarray(picture).save(temporary, format="png")
-            os.replace(temporary, self.folder / f"{name}.png")
+            try:
+                Image.fromarray(picture).save(temporary, format="png")
+                os.replace(temporary, self.folder / f"{name}.png")
+            finally:
+                temporary.unlink(missing_ok=True)
         if self.dashboard is None:
             return
         try:
@@ -211,13 +215,20 @@ class Dashboard(Visdom):
 
     def __init__(self, server: str, port: int, env: str):
         logging.getLogger("visdom").setLevel(logging.ERROR)  # It warns of what is meant to be so.
-        super().__init__(server=server, port=port, env=env, raise_exceptions=True, use_incoming_socket=False)
+        try:
+            super().__init__(server=server, port=port, env=env, raise_exceptions=True, use_incoming_socket=False)
+        except (ValueError, HTTPError) as error:  # What cannot be an address is told in many ways.
+            raise ConnectionError(error) from None
         self.address = f"{self.server}:{self.port}"
         self.timeout = 5.0
 
     def _handle_post(self, url, data=None):
         # visdom itself would wait for ever for a server that no longer answers, and take an error for an answer.
-        response = self.session.post(url, data=data or {}, timeout=self.timeout)
+        self.session.trust_env = not self.server.endswith(("//localhost", "//127.0.0.1"))  # No proxy for these.
+        try:
+            response = self.session.post(url, data=data or {}, timeout=self.timeout)
+        except (ValueError, HTTPError) as error:
+            raise ConnectionError(error) from None
         response.raise_for_status()
         return response.text
 

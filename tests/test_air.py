@@ -324,3 +324,10 @@ def test_bad_checkpoints_are_told_apart(tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged|not a checkpoint"):
         AIR.load(path)
+    for options in ({"likelihood_sd": 0.0}, {"likelihood_sd": "x"}, {"z_where_scale": (0.2, 0.0, 1.0)}):
+        torch.save({"air": SMALL | options, "parameters": AIR(**SMALL).state_dict()}, path)
+        with pytest.raises(CheckpointError, match="not a checkpoint of this AIR"):
+            AIR.load(path)
+    torch.save({"air": SMALL, "parameters": AIR(**SMALL).state_dict() | {"p_more": torch.full((3,), 2.0)}}, path)
+    with pytest.raises(CheckpointError, match="p_more"):
+        AIR.load(path)

@@ -38,7 +38,7 @@ def test_a_run_leaves_what_it_should(run):
     assert "count accuracy" in finished.stdout and str(folder) in finished.stdout
     assert "6/6" in finished.stderr and "ELBO" in finished.stderr and "validation accuracy" in finished.stderr
     pictures = ("attention", "reconstruction", "steps", "mistakes", "prior", "curves", "confusion")
-    names = {"checkpoint.pt", "config.json", "metrics.jsonl", *(f"{name}.png" for name in pictures)}
+    names = {"checkpoint.pt", "config.json", "metrics.jsonl", ".lock", *(f"{name}.png" for name in pictures)}
     assert {file.name for file in folder.iterdir()} == names
     lines = metrics(folder)
     assert [(line["split"], line["step"]) for line in lines] == [
@@ -144,13 +144,15 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(run, run_main, tmp_
 
 GREATER = "greater than 0"
 BAD = [
-    ("-n -5", "--num-steps: invalid int greater than 0 value: '-5'"),
+    ("-n -5", "--num-steps: invalid int greater than 0, at most 1,000,000,000 value: '-5'"),
     ("-n 0", GREATER),
     ("-n 1e3", GREATER),
+    ("-n 10000000000", "at most 1,000,000,000"),
     ("-b many", GREATER),
     ("-b 1000000", "at most 100,000"),
     ("-lr nan", GREATER),
     ("-lr inf", GREATER),
+    ("-lr 1e7", "at most 1,000,000"),
     ("-blr 0", GREATER),
     ("--estimator exact", "invalid choice: 'exact'"),
     ("--estimator traceenum --baseline rnn", "--baseline rnn has no use with traceenum"),
@@ -158,7 +160,7 @@ BAD = [
     ("--plain yes", "unrecognized arguments: yes"),
     ("-t 0", GREATER),
     ("-t 2.5", GREATER),
-    ("-t 101", "at most 100"),
+    ("-t 51", "at most 50"),
     ("--seed -1", "invalid seed value: '-1'"),
     ("--seed 4294967296", "invalid seed value"),
     ("--seed one", "invalid seed value"),
@@ -168,11 +170,13 @@ BAD = [
     ("--save-every x", GREATER),
     ("--visdom maybe", "invalid choice: 'maybe'"),
     ("--visdom on --visdom-server http://127.0.0.1 --visdom-port 9", "no visdom server answers at http://127.0.0.1:9"),
+    ("--visdom on --visdom-server http://[::1", "no visdom server answers at http://[::1"),
     ("--visdom-server", "expected one argument"),
     ("--visdom-port 65536", "at most 65,535"),
     ("--visdom-env", "expected one argument"),
     (f"--data-dir {ROOT}/README.md", "README.md is not a folder"),
-    ("--mnist-root nowhere --data-dir nowhere", "no intact MNIST in nowhere"),
+    ("--mnist-root nowhere", "nowhere is not a folder"),
+    ("--mnist-root . --data-dir nowhere", "no intact MNIST in ."),
     (f"--out {ROOT}/README.md", "README.md is not a folder"),
     (f"--out {ROOT}/README.md/run", "README.md is not a folder"),
     (f"--out {ROOT}/tests", "not empty"),

@@ -211,6 +211,8 @@ def test_a_users_own_file(tmp_path):
     assert "plain arrays" in error(x=np.array([{}, {}]))
     assert "whole numbers" in error(x=x, counts=np.arange(3))
     assert "whole numbers" in error(x=x, counts=np.array([0.5, 1, 2, 0]))
+    assert "whole numbers" in error(x=x, counts=np.array([0, 1, 2, 2**63 + 5], np.uint64))
+    assert "whole numbers" in error(x=x, counts=np.array([0, 1, 2, 10**12]))
     path.write_text("hello")
     with pytest.raises(DataError, match="not a readable"):
         load_file(path)

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 
 import main
 import multi_mnist
@@ -70,7 +71,7 @@ def test_resuming_is_exact(n, flags, start, run_main, tmp_path):
     straight = run_main(*flags, "--out", tmp_path / "straight", script=ROOT / "main.py")
     assert straight.returncode == 0, straight.stderr
     for step, number, status in ((n // 3, signal.SIGINT, 130), (2 * n // 3, signal.SIGTERM, 143)):
-        where = ("--load", tmp_path / "run", *often) if step > n // 3 else ("--out", tmp_path / "run", *flags)
+        where = ("--load", tmp_path / "run") if step > n // 3 else ("--out", tmp_path / "run", *flags)
         run = start(*where)
         wait_until(run, tmp_path / "run", step)
         run.send_signal(number)
@@ -79,7 +80,7 @@ def test_resuming_is_exact(n, flags, start, run_main, tmp_path):
         assert f"{signal.Signals(number).name} after step" in errors.splitlines()[-1] and "Traceback" not in errors
         assert step <= read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] < step + n // 6
         assert (tmp_path / "run" / "attention.png").exists()
-    finished = run_main("--load", tmp_path / "run", *often, script=ROOT / "main.py")
+    finished = run_main("--load", tmp_path / "run", script=ROOT / "main.py")
     assert finished.returncode == 0, finished.stderr
     expected, actual = state(tmp_path / "straight"), state(tmp_path / "run")
     assert expected.keys() == actual.keys()
@@ -107,7 +108,7 @@ def test_killed_at_any_moment(kills, start, run_main, tmp_path, data_dir):
         reached = checkpoint["step"]
     finished = run_main("--load", folder, "-n", reached + 2, "--viz-every", 7)
     assert finished.returncode == 0, finished.stderr
-    assert not [file.name for file in folder.iterdir() if file.name.startswith(".")]
+    assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == [".lock"]
 
 
 WRITER = """
@@ -168,6 +169,10 @@ def test_an_earlier_run_is_only_replaced_if_asked(run_main, tmp_path):
     finished = run_main(*SHORT, "-n", 1, "--out", tmp_path, "--overwrite")
     assert finished.returncode == 2 and "not the folder of a run" in finished.stderr.splitlines()[-1]
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"architectures": ["not ours"]}')
+    finished = run_main(*SHORT, "-n", 1, "--out", tmp_path / "other", "--overwrite")
+    assert finished.returncode == 2 and "not the folder of a run" in finished.stderr.splitlines()[-1]
     assert run_main(*SHORT, "-n", 1, "--out", folder, "--overwrite").returncode == 0
     assert read_checkpoint(folder / "checkpoint.pt")["step"] == 1 and (folder / "notes.txt").read_text() == "mine"
     assert [line["step"] for line in metrics(folder)] == [1, 1]
@@ -224,10 +229,72 @@ def test_an_absurd_learning_rate(estimator, run_main, tmp_path):
     assert "a smaller --learning-rate" in finished.stderr.splitlines()[-1]
 
 
+def test_parameters_that_are_not_finite_are_not_saved(run_main, monkeypatch, tmp_path):
+    flags = (*SHORT, "-n", 4, "--save-every", 2, "--out", tmp_path / "run")
+    monkeypatch.setattr(main, "schedule", lambda step, num_steps: 1e300 if step == 3 else 1.0)
+    finished = run_main(*flags, "--eval-every", 1)
+    assert finished.returncode == 1 and "gave up" in finished.stderr.splitlines()[-1]
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+    AIR.load(tmp_path / "run" / "checkpoint.pt")
+
+
 def test_other_errors_are_no_numerical_faults(run_main, monkeypatch, tmp_path):
-    def out_of_memory(*args):
-        raise RuntimeError("out of memory")
+    guide = AIR.guide
+
+    def out_of_memory(air, x):
+        if len(x) == 8:  # a mini-batch
+            raise RuntimeError("out of memory")
+        return guide(air, x)
 
     monkeypatch.setattr(AIR, "guide", out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         run_main(*SHORT, "-n", 2, "--out", tmp_path / "run")
+
+
+def test_one_folder_has_one_run_at_a_time(run_main, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with FileLock(folder / ".lock"):
+        finished = run_main(*SHORT, "-n", 1, "--out", folder)
+    assert finished.returncode == 2 and "another process is training" in finished.stderr.splitlines()[-1]
+    assert [file.name for file in folder.iterdir()] == [".lock"]
+    assert run_main(*SHORT, "-n", 1, "--out", folder).returncode == 0
+
+
+def test_a_copied_checkpoint_does_not_write_where_it_lies(run_main, tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    assert run_main(*SHORT, "-n", 1, "--out", folder).returncode == 0
+    other.mkdir()
+    (other / "config.json").write_text("mine")
+    (other / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes())
+    (other / "link.pt").symlink_to(folder / "checkpoint.pt")
+    for name in ("checkpoint.pt", "link.pt"):
+        for flags in (("-n", 2), ("--redraw",)):
+            refused = run_main("--load", other / name, "--visdom", "off", *flags)
+            assert refused.returncode == 2 and "not in the folder of a run" in refused.stderr.splitlines()[-1]
+    gone_on = run_main("--load", other / "link.pt", "--visdom", "off", "-n", 2, "--out", tmp_path / "new")
+    assert gone_on.returncode == 0, gone_on.stderr
+    assert {file.name for file in other.iterdir()} == {"config.json", "checkpoint.pt", "link.pt"}
+    assert (other / "config.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("line", ["{}", "3", '{"step": "3", "split": "validation"}', "[" * 100_000, "{"])
+def test_damaged_metrics(line, run_main, tmp_path):
+    folder = tmp_path / "run"
+    assert run_main(*SHORT, "-n", 1, "--out", folder).returncode == 0
+    (folder / "metrics.jsonl").write_text(f"{line}\n")
+    for flags in (("-n", 2), ("--redraw",)):
+        refused = run_main("--load", folder, "--visdom", "off", *flags)
+        assert refused.returncode == 2 and "metrics.jsonl is damaged" in refused.stderr.splitlines()[-1]
+
+
+def test_when_nobody_reads_what_it_says(start, tmp_path):
+    """As in `python main.py 2>&1 | tee log`: Ctrl-C ends tee as well."""
+    folder = tmp_path / "run"
+    run = start(*SHORT, "-n", 100_000, "--eval-every", 1, "--out", folder)
+    wait_until(run, folder, 1)
+    run.stderr.close()
+    wait_until(run, folder, metrics(folder)[-1]["step"] + 3)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) == 130
+    assert read_checkpoint(folder / "checkpoint.pt")["step"] >= 4
