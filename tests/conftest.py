@@ -15,6 +15,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"  # Two tests run side by side; also for the processes that they start.
+torch.set_num_threads(1)
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
