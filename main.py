@@ -4,6 +4,7 @@ python main.py                                   # train, evaluate, draw
 python main.py --load runs/NAME                  # go on with a run that was interrupted
 python main.py --load runs/NAME --eval-only      # evaluate it on the test scenes
 python main.py --load runs/NAME --redraw         # draw its pictures again
+python main.py --load runs/NAME --predict FOLDER # count what is in images of your own
 """
 
 import argparse
@@ -35,6 +36,7 @@ import viz
 from air import AIR, CheckpointError, StaticTraceGraph_ELBO, read_checkpoint
 from evaluation import evaluate, own_random_numbers, to_images
 from multi_mnist import DataError, Scenes, load_file, load_split
+from predict import predict
 
 TITLES = {
     "attention": "{split} scenes: where the guide looked, step by step, and how many objects it counted",
@@ -88,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(evaluate_only(args, checkpoint)))
         elif args.redraw:
             redraw(args, checkpoint)
+        elif args.predict:
+            predict_only(args, checkpoint)
         else:
             with redirect_stderr(Unbreakable(sys.stderr)):
                 train(args, checkpoint)
@@ -246,6 +250,24 @@ def evaluate_only(args, checkpoint: dict) -> dict:
     )
 
 
+def predict_only(args, checkpoint: dict) -> None:
+    """What is in the user's images, as JSON; exit status 1 if one of the files could not be read."""
+    air = AIR.from_checkpoint(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    results = predict(air, args.predict, args.invert, args.out)
+    text = "[" + ",\n ".join(map(json.dumps, results)) + "]"  # a line for each
+    if args.json:
+        write(args.json, text + "\n")
+    else:
+        print(text)
+    bad = [result for result in results if "error" in result]
+    for result in bad:
+        print(f"{result['file']}: {shorten(result['error'])}", file=sys.stderr)
+    if bad:
+        sys.exit(1)
+
+
 # ------------------------------------------------------------------------- when things go wrong
 
 
@@ -372,19 +394,8 @@ class Run:
             "versions": versions,
             "threads": torch.get_num_threads(),
         }
-        self.write("config.json", json.dumps(config, indent=2) + "\n")
-        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-
-    def write(self, name: str, text: str) -> None:
-        """Write a small file of the folder, at once or not at all."""
-        temporary = self.folder / f".{name}"
-        try:
-            temporary.write_text(text)
-            os.replace(temporary, self.folder / name)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.folder / name)) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        write(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def record(self, split: str, measured: dict) -> dict:
         """Append a line to metrics.jsonl."""
@@ -447,6 +458,18 @@ class Run:
     def last_checkpoint(self) -> str:
         saved = self.folder / "checkpoint.pt"
         return f"{saved} is of an earlier step" if saved.exists() else "no checkpoint was due yet"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file, at once or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def metrics_line(split: str, step: int, seconds: float, measured: dict) -> dict:
@@ -635,6 +658,14 @@ def make_parser(**options) -> argparse.ArgumentParser:
     add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes, print one JSON object")
     add("--redraw", action="store_true", help="with --load: draw the run's pictures again")
     add("--data", type=Path, metavar="NPZ", help="with --eval-only: evaluate on your own images")
+    add(
+        "--predict",
+        type=Path,
+        metavar="PATH",
+        help="with --load: count what is in an image, an .npz, or a folder of them",
+    )
+    add("--invert", action="store_true", help="with --predict: the images are dark on light")
+    add("--json", type=Path, metavar="FILE", help="with --predict: where the results go; if not given, to stdout")
     return parser
 
 
@@ -692,11 +723,20 @@ def check_flags(args) -> None:
     """Everything that can be known to be wrong before work starts. Fills in --out."""
     if args.cuda and not torch.cuda.is_available():
         raise UsageError("--cuda: no CUDA device was found")
-    for name in ("eval_only", "redraw"):
-        if getattr(args, name) and not args.load:
-            raise UsageError(f"--{name.replace('_', '-')} needs --load")
-    if args.eval_only and args.redraw:
-        raise UsageError("--redraw has no use with --eval-only, which draws nothing")
+    instead = [f"--{name.replace('_', '-')}" for name in ("eval_only", "redraw", "predict") if getattr(args, name)]
+    if instead and not args.load:
+        raise UsageError(f"{instead[0]} needs --load")
+    if len(instead) > 1:
+        raise UsageError(f"{' and '.join(instead)}: one at a time")
+    for name in ("json", "invert"):
+        if getattr(args, name) and not args.predict:
+            raise UsageError(f"--{name} needs --predict")
+    if args.predict and not args.predict.exists():
+        raise UsageError(f"--predict: no such file or folder: {args.predict}")
+    if args.json and os.path.lexists(args.json):
+        raise UsageError(f"--json {args.json} is there already")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UsageError(f"--json {args.json}: no such folder: {args.json.parent}")
     if args.data_dir.exists() and not args.data_dir.is_dir():
         raise UsageError(f"--data-dir {args.data_dir} is not a folder")
     if args.mnist_root and not args.mnist_root.is_dir():
@@ -709,12 +749,12 @@ def check_flags(args) -> None:
         raise UsageError("--out has no use with --redraw, which draws in the run's own folder")
     if args.overwrite and (args.load or not args.out):
         raise UsageError("--overwrite is for --out without --load")
-    if args.load and not args.eval_only and not in_run_folder(args.load):
+    if args.load and not args.eval_only and not args.predict and not in_run_folder(args.load):
         if args.redraw:
             raise UsageError(f"--redraw: {args.load} is not in the folder of a run")
         if not args.out:
             raise UsageError(f"{args.load} is not in the folder of a run: name a folder to go on in with --out")
-    if args.eval_only or args.redraw:
+    if args.eval_only or args.redraw or (args.predict and not args.out):
         return
     if args.estimator == "traceenum" and args.baseline not in (None, "none"):
         raise UsageError(f"--baseline {args.baseline} has no use with traceenum, which samples no z_pres")
@@ -728,11 +768,15 @@ def check_flags(args) -> None:
         raise UsageError(f"--out {args.out}: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK):
         raise UsageError(f"--out {args.out}: {nearest} cannot be written to")
-    resumed = args.load and in_run_folder(args.load) and args.out.resolve() == args.load.parent.resolve()
+    resumed = (
+        args.load and not args.predict and in_run_folder(args.load) and args.out.resolve() == args.load.parent.resolve()
+    )
     # Hidden files are the lock, and what a run that was killed had not finished writing.
     if not resumed and args.out.exists() and any(not file.name.startswith(".") for file in args.out.iterdir()):
         if not args.overwrite:
-            choices = "name another folder, --load it to go on with that run, or --overwrite it"
+            choices = "name another folder" + (
+                ", --load it to go on with that run, or --overwrite it" if not args.predict else ""
+            )
             raise UsageError(f"--out {args.out} is not empty; {choices}")
         if not is_run_folder(args.out):
             raise UsageError(f"--overwrite: {args.out} is not empty, and not the folder of a run")

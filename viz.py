@@ -51,6 +51,20 @@ def draw_scenes(images, boxes=None, captions=None, columns=10, title=None, label
     return render(axis.figure, most=0 if boxes is None else max(map(len, boxes), default=0))
 
 
+def draw_scene(image, boxes, caption: str) -> np.ndarray:
+    """One grey image of any shape `[h, w]`, uint8 or floats in [0, 1], with boxes `[k, 4]` and a text above it."""
+    h, w = image.shape
+    pixel = max(1, 480 / max(h, w)) / DPI
+    width, height = w * pixel + 0.2, h * pixel + 0.7
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    axis = figure.add_axes([0.1 / width, 0.35 / height, w * pixel / width, h * pixel / height])
+    axis.set(xlim=(0, 1), ylim=(0.22 + h / w, 0.22))  # where draw_image puts the first image of a sheet
+    axis.set_axis_off()
+    draw_image(axis, (0, 0), image, boxes)
+    figure.text(0.5, 1 - 0.2 / height, caption, fontsize=9, ha="center", va="center")
+    return render(figure, most=len(boxes))
+
+
 def draw_steps(images, boxes, counts, x_att, y_att, canvases, count_probs, title=None) -> np.ndarray:
     """How each scene is taken apart, one in a row: the image, what every step saw and painted, and q(count).
 

@@ -187,6 +187,9 @@ BAD = [
     ("--eval-only", "needs --load"),
     ("--redraw", "needs --load"),
     ("--data x.npz", "needs --eval-only"),
+    ("--predict images", "needs --load"),
+    ("--invert", "--invert needs --predict"),
+    ("--json found.json", "--json needs --predict"),
     ("--steps 5", "unrecognized arguments"),
     ("--num 5", "unrecognized arguments"),
 ]

@@ -1,0 +1,100 @@
+"""Count and find the objects in images of your own: files in, counts and boxes out.
+
+The rule by which an image becomes one that AIR looks at: grey, light on dark (inverted if asked);
+scaled, its shape kept, so that its longer side is the canvas's; and centred on a dark ground. An
+image with an orientation in its EXIF data is turned upright first, one with transparent parts is put
+on black (or, if it is to be inverted, on white).
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+import viz
+from air import AIR
+from evaluation import own_random_numbers
+from multi_mnist import DataError, load_file, one_line
+
+
+def predict(
+    air: AIR, path: Path, invert: bool = False, folder: Path | None = None, batch_size: int = 256
+) -> list[dict]:
+    """What is in the images at `path`: an image file, an .npz file (see `load_file`), or a folder of these.
+
+    Returns a dictionary for each image, of plain values: file; index (within an .npz); count, the
+    guide's most probable one; count_probability, what the guide gives it; boxes, `[x, y, w, h]` each,
+    in pixels of the image as it was (they may reach beyond its edges). For a file that cannot be read:
+    file and error. One sample of the guide for each image, always the same one.
+
+    folder: where to put a picture of each image with its boxes, if anywhere.
+    """
+    device, results = next(air.parameters()).device, []
+    files = (
+        sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".") if path.is_dir() else [path]
+    )
+    images = itertools.chain.from_iterable(read_images(file, invert) for file in files)
+    with own_random_numbers(device):
+        while batch := list(itertools.islice(images, batch_size)):
+            results += [result for result, _ in batch]
+            batch = [(result, image) for result, image in batch if image is not None]
+            if not batch:
+                continue
+            canvases, places = zip(*(fit(image, air.image_size) for _, image in batch))
+            seen = air.infer(torch.from_numpy(np.stack(canvases)).to(device))
+            counts, probs, boxes = (
+                seen.count_probs.argmax(-1).tolist(),
+                seen.count_probs.tolist(),
+                seen.boxes.cpu().numpy(),
+            )
+            for (result, image), place, count, prob, box in zip(batch, places, counts, probs, boxes):
+                # The windows of all steps are valid up to any count: the guide takes every step.
+                box = (box[:count] - [*place[:2], 0, 0]) / [*place[2:], *place[2:]]
+                result |= {"count": count, "count_probability": prob[count], "boxes": box.round(2).tolist()}
+                if folder:
+                    name = f"{result['file']}-{result['index']}" if "index" in result else result["file"]
+                    Image.fromarray(viz.draw_scene(image, box, f"{count} ({prob[count]:.1%})")).save(
+                        folder / f"{name}.png"
+                    )
+    return results
+
+
+def read_images(path: Path, invert: bool) -> Iterator[tuple[dict, np.ndarray | None]]:
+    """The images in a file, float32 `[h, w]` in [0, 1], each with what is known of it; None if it cannot be read."""
+    try:
+        if path.suffix == ".npz":
+            for i, x in enumerate(load_file(path).x):
+                x = x.astype(np.float32) / (255 if x.dtype == np.uint8 else 1)
+                yield {"file": path.name, "index": i}, 1 - x if invert else x
+            return
+        with Image.open(path) as image:
+            x = to_grey(ImageOps.exif_transpose(image), ground=255 if invert else 0)
+        yield {"file": path.name}, 1 - x if invert else x
+    except DataError as error:
+        yield {"file": path.name, "error": str(error)}, None
+    except Exception as error:  # Whatever goes wrong in reading, the file is at fault.
+        yield {"file": path.name, "error": one_line(error)}, None
+
+
+def to_grey(image: Image.Image, ground: int) -> np.ndarray:
+    """Any image as floats in [0, 1]."""
+    if image.mode.startswith(("I", "F")):  # 16 bits, in all such files that we know of
+        return np.clip(np.asarray(image, np.float32) / 65535, 0, 1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (ground, ground, ground, 255)), image)
+    return np.asarray(image.convert("L"), np.float32) / 255
+
+
+def fit(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """The image on a canvas of `size` pixels; where its corner came to lie (x, y), and by what it was scaled (x, y)."""
+    height, width = image.shape
+    w, h = (max(1, round(side * size / max(height, width))) for side in (width, height))
+    left, top = (size - w) // 2, (size - h) // 2
+    canvas = np.zeros((size, size), np.float32)
+    scaled = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
+    canvas[top : top + h, left : left + w] = np.clip(scaled, 0, 1)
+    return canvas, (left, top, w / width, h / height)

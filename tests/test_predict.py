@@ -1,0 +1,164 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from air import AIR
+from evaluation import own_random_numbers
+from predict import fit, predict
+
+
+@pytest.fixture(scope="module")
+def air():
+    """Not trained, but it takes steps, and where depends on what it sees."""
+    torch.manual_seed(0)
+    air = AIR()
+    last = air.predict.mlp[-1]
+    with torch.no_grad():
+        last.weight *= 20
+        last.bias[0] = 1.0
+    return air
+
+
+@pytest.fixture
+def expected(air, scenes):
+    with own_random_numbers(torch.device("cpu")):
+        seen = air.infer(torch.from_numpy(scenes.x[:3]).float() / 255)
+    counts = seen.count_probs.argmax(-1).tolist()
+    assert sum(counts) > 2, "otherwise there is hardly a box to compare"
+    assert np.ptp(seen.boxes[:, 0].numpy(), axis=0).max() > 3, "otherwise it does not matter what it looks at"
+    return [
+        {"count": n, "count_probability": probs[n], "boxes": boxes[:n]}
+        for n, probs, boxes in zip(counts, seen.count_probs.tolist(), seen.boxes.tolist())
+    ]
+
+
+def check(results, expected, scale=1.0, atol=0.05):
+    assert [result["count"] for result in results] == [other["count"] for other in expected]
+    for result, other in zip(results, expected):
+        assert result["count_probability"] == pytest.approx(other["count_probability"], abs=atol)
+        boxes = scale * np.array(other["boxes"]).reshape(-1, 4)
+        np.testing.assert_allclose(np.array(result["boxes"]).reshape(-1, 4), boxes, atol=atol * scale)
+
+
+def grey(x):
+    return Image.fromarray(x)
+
+
+def dark_on_light(x):
+    return Image.fromarray(255 - x)
+
+
+def sixteen_bits(x):
+    return Image.fromarray(x.astype(np.uint16) * 257)
+
+
+def coloured(x):
+    return Image.fromarray(np.stack([x] * 3, -1))
+
+
+def transparent(x):
+    return Image.fromarray(np.stack([np.full_like(x, 255)] * 3 + [x], -1), "RGBA")
+
+
+def drawn_on_glass(x):
+    """Black where there is ink, and nothing else."""
+    return Image.fromarray(np.stack([np.zeros_like(x)] * 3 + [x], -1), "RGBA")
+
+
+def indexed(x):
+    return coloured(x).convert("P", palette=Image.Palette.ADAPTIVE)
+
+
+def lying_on_its_side(x):
+    image = Image.fromarray(np.rot90(x).copy())
+    exif = image.getexif()
+    exif[0x0112] = 6  # "turn by 90 degrees clockwise to see it upright"
+    image.info["exif"] = exif.tobytes()
+    return image
+
+
+WAYS = [grey, dark_on_light, sixteen_bits, coloured, transparent, drawn_on_glass, indexed, lying_on_its_side]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_however_an_image_is_stored(way, air, scenes, expected, tmp_path):
+    for i, x in enumerate(scenes.x[:3]):
+        image = way(x)
+        options = {"exif": image.info["exif"]} if "exif" in image.info else {}
+        image.save(tmp_path / f"{i}.png", **options)
+    results = predict(air, tmp_path, invert=way in (dark_on_light, drawn_on_glass))
+    assert [result["file"] for result in results] == ["0.png", "1.png", "2.png"]
+    check(results, expected)
+
+
+def test_boxes_are_in_the_images_own_pixels(air, scenes, expected, tmp_path):
+    """Scenes enlarged four times (and made smaller again a little less sharp)."""
+    large = scenes.x[:3].repeat(4, 1).repeat(4, 2)
+    np.savez(tmp_path / "large.npz", x=large)
+    check(predict(air, tmp_path / "large.npz"), expected, scale=4, atol=0.5)
+
+
+@pytest.mark.parametrize("height, width", [(90, 300), (300, 90), (25, 25), (50, 50), (10, 1000)])
+def test_where_a_rectangle_comes_to_lie(height, width):
+    """What is white on the canvas, taken back, is what was white in the image, to a pixel of the coarser one."""
+    image = np.zeros((height, width), np.float32)
+    y, x, h, w = height // 5, width // 4, height // 2, width // 3
+    image[y : y + h, x : x + w] = 1
+    canvas, (left, top, across, down) = fit(image, 50)
+    assert canvas.shape == (50, 50) and canvas.dtype == np.float32 and 0 <= canvas.min() and canvas.max() <= 1
+    rows, columns = np.nonzero(canvas > 0.5)
+    box = [columns.min() - left, rows.min() - top, np.ptp(columns) + 1, np.ptp(rows) + 1]
+    off = np.abs(np.array(box) / [across, down, across, down] - [x, y, w, h])
+    assert (off <= 1.01 * max(1, 1 / across, 1 / down)).all()
+
+
+def test_the_command(run_main, scenes, tmp_path):
+    folder, images = tmp_path / "run", tmp_path / "images"
+    assert run_main("-n", 2, "-b", 8, "--out", folder).returncode == 0
+    images.mkdir()
+    (images / "folder").mkdir()
+    (images / ".hidden").write_text("is not looked at")
+    Image.fromarray(scenes.x[0]).save(images / "a.png")
+    Image.fromarray(scenes.x[1]).resize((200, 120)).save(images / "a.jpg")
+    np.savez(images / "b.npz", x=scenes.x[:2])
+    good = run_main("--load", folder, "--predict", images)
+    assert good.returncode == 0, good.stderr
+    results = json.loads(good.stdout)
+    assert [(result["file"], result.get("index")) for result in results] == [
+        ("a.jpg", None),
+        ("a.png", None),
+        ("b.npz", 0),
+        ("b.npz", 1),
+    ]
+    for result in results:
+        assert len(result["boxes"]) == result["count"] and 0 <= result["count_probability"] <= 1
+
+    whole = (images / "a.png").read_bytes()
+    (images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (images / "text.jpg").write_text("no picture")
+    np.savez(images / "wrong.npz", y=scenes.x[:2])
+    flags = ("--load", folder, "--predict", images, "--out", tmp_path / "pictures", "--json", tmp_path / "found.json")
+    finished = run_main(*flags)
+    assert finished.returncode == 1 and not finished.stdout
+    assert [line.split(":")[0] for line in finished.stderr.splitlines()] == ["cut.png", "text.jpg", "wrong.npz"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [result for result in found if "error" not in result] == results
+    assert [set(result) for result in found if "error" in result] == [{"file", "error"}] * 3
+    pictures = sorted(file.name for file in (tmp_path / "pictures").iterdir())
+    assert pictures == ["a.jpg.png", "a.png.png", "b.npz-0.png", "b.npz-1.png"]
+    assert Image.open(tmp_path / "pictures" / "a.jpg.png").width > 480
+
+    before = (tmp_path / "found.json").read_bytes()
+    for refused, error in (
+        (run_main(*flags), "is there already"),
+        (run_main(*flags[:-2], "--json", tmp_path / "other.json"), "is not empty"),
+        (run_main(*flags[:4], "--out", folder), "is not empty"),
+        (run_main(*flags[:4], "--json", tmp_path / "no" / "found.json"), "no such folder"),
+        (run_main(*flags[:4], "--redraw"), "one at a time"),
+        (run_main("--load", folder, "--predict", tmp_path / "none.png"), "no such file or folder"),
+    ):
+        assert refused.returncode == 2 and error in refused.stderr and len(refused.stderr.splitlines()) == 2
+    assert (tmp_path / "found.json").read_bytes() == before
