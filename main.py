@@ -1,6 +1,7 @@
 """Train Attend, Infer, Repeat on multi-MNIST, so that it learns to count without being told how.
 
 python main.py                                   # train, evaluate, draw
+python main.py --data my.npz                     # the same with images of your own
 python main.py --load runs/NAME                  # go on with a run that was interrupted
 python main.py --load runs/NAME --eval-only      # evaluate it on the test scenes
 python main.py --load runs/NAME --redraw         # draw its pictures again
@@ -16,6 +17,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager, redirect_stderr
 from datetime import datetime
 from pathlib import Path
@@ -71,7 +73,7 @@ FIXED = (
     "plain",
 )
 # What a resumed run keeps if it is not told otherwise.
-KEPT = ("num_steps", "eval_every", "viz_every", "save_every")
+KEPT = ("num_steps", "eval_every", "viz_every", "save_every", "data", "test_data")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,7 +81,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro's; `put_up_with` tells more
     try:
-        checkpoint = None
+        checkpoint, given_data = None, args.data
+        if args.data and args.predict:
+            raise UsageError("--data has no use with --predict, which reads the images it names")
+        if args.data and args.test_data and args.eval_only:
+            raise UsageError("--test-data has no use with --eval-only --data, which holds nothing out")
         if args.load:
             path = args.load / "checkpoint.pt" if args.load.is_dir() else args.load
             checkpoint = read_checkpoint(path)
@@ -87,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             args.load = path
         check_flags(args)
         if args.eval_only:
-            print(json.dumps(evaluate_only(args, checkpoint)))
+            print(json.dumps(evaluate_only(args, checkpoint, given_data)))
         elif args.redraw:
             redraw(args, checkpoint)
         elif args.predict:
@@ -113,9 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(args, checkpoint: dict | None) -> None:
     """Data, AIR, SVI, evaluation, checkpoint, pictures."""
     device = torch.device("cuda" if args.cuda else "cpu")
-    train_scenes, validation_scenes, test_scenes = (
-        load_split(split, args.data_dir, args.mnist_root) for split in ("train", "validation", "test")
-    )
+    train_scenes, validation_scenes, test_scenes = load_scenes(args, checkpoint)
     dashboard = connect(args)
     train_x = torch.from_numpy(train_scenes.x)  # uint8; a mini-batch becomes floats when it is drawn
 
@@ -125,7 +129,7 @@ def train(args, checkpoint: dict | None) -> None:
         air = AIR.from_checkpoint(checkpoint, args.load)
     else:
         paper = {"refine": False, "exploration": 0.0} if args.plain else {}
-        air = AIR(num_steps=args.model_steps, baseline=args.baseline, **paper)
+        air = AIR(args.model_steps, image_size=train_scenes.x.shape[1], baseline=args.baseline, **paper)
     air.to(device)
 
     svi, adam = make_svi(air, args.estimator)
@@ -184,6 +188,32 @@ def train(args, checkpoint: dict | None) -> None:
     print(summary(result, run.folder, run.seconds_for_pictures))
 
 
+def load_scenes(args, checkpoint: dict | None) -> tuple[Scenes, Scenes, Scenes]:
+    """Training, validation and test scenes: multi-MNIST, or the user's own.
+
+    Of those the last tenth, or the file that is named for it, is held out, and is both of the latter.
+    """
+    size = AIR.from_checkpoint(checkpoint, args.load).image_size if checkpoint else None
+    if not args.data:
+        splits = tuple(load_split(split, args.data_dir, args.mnist_root) for split in ("train", "validation", "test"))
+        if size not in (None, splits[0].x.shape[1]):
+            raise UsageError(f"this AIR looks at images of {size} pixels, no multi-MNIST scenes are: give --data")
+        return splits
+    scenes = load_file(args.data, size)
+    if args.test_data:
+        held_out = load_file(args.test_data, scenes.x.shape[1])
+    else:
+        n = len(scenes.x) // 10
+        if n == 0:
+            raise UsageError(f"--data {args.data}: {len(scenes.x)} images are too few to hold a tenth out")
+        held_out = Scenes(scenes.x[-n:], None if scenes.counts is None else scenes.counts[-n:])
+        scenes = Scenes(scenes.x[:-n], None if scenes.counts is None else scenes.counts[:-n])
+    for part in (scenes, held_out):
+        if part.counts is not None and part.counts.max() > args.model_steps:
+            raise UsageError(f"--model-steps {args.model_steps}: there are images with {part.counts.max()} objects")
+    return scenes, held_out, held_out
+
+
 def make_svi(air: AIR, estimator: str) -> tuple[SVI, torch.optim.Adam]:
     """The inference algorithm, and the optimizer behind it: one Adam, a parameter group for the baseline's rate.
 
@@ -236,18 +266,11 @@ class OneOptimizer(PyroOptim):
         self.optimizer.zero_grad()
 
 
-def evaluate_only(args, checkpoint: dict) -> dict:
-    """What would be a line of metrics.jsonl, on the test scenes or on the user's own."""
+def evaluate_only(args, checkpoint: dict, data: Path | None) -> dict:
+    """What would be a line of metrics.jsonl: on the run's test scenes, or on all images in the file `data`."""
     air = AIR.from_checkpoint(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
-    if args.data:
-        scenes = load_file(args.data, air.image_size)
-    else:
-        scenes = load_split("test", args.data_dir, args.mnist_root)
-        if air.image_size != scenes.x.shape[1]:
-            raise UsageError(f"this AIR looks at images of {air.image_size} pixels, no test scenes are: give --data")
-    return metrics_line(
-        "data" if args.data else "test", checkpoint["step"], checkpoint["seconds"], evaluate(air, scenes)
-    )
+    scenes = load_file(data, air.image_size) if data else load_scenes(args, checkpoint)[2]
+    return metrics_line("data" if data else "test", checkpoint["step"], checkpoint["seconds"], evaluate(air, scenes))
 
 
 def predict_only(args, checkpoint: dict) -> None:
@@ -386,9 +409,8 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__}
         versions |= {"torchvision": torchvision.__version__, "numpy": np.__version__}
-        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         config = {
-            "flags": flags,
+            "flags": plain(args, vars(args)),
             "seed": args.seed,
             "air": air.config,
             "versions": versions,
@@ -402,7 +424,7 @@ class Run:
         line = metrics_line(split, self.step, self.seconds, measured)
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        self.accuracy = f"{line['count_accuracy']:.2%}"
+        self.accuracy = "-" if line["count_accuracy"] is None else f"{line['count_accuracy']:.2%}"
         return line
 
     def save(self) -> None:
@@ -410,7 +432,7 @@ class Run:
             self.folder / "checkpoint.pt",
             step=self.step,
             seconds=self.seconds,
-            flags={name: getattr(self.args, name) for name in (*KEPT, *FIXED)},
+            flags=plain(self.args, (*KEPT, *FIXED)),
             optimizer=self.optimizer.state_dict(),
             rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state() if self.args.cuda else None,
@@ -458,6 +480,12 @@ class Run:
     def last_checkpoint(self) -> str:
         saved = self.folder / "checkpoint.pt"
         return f"{saved} is of an earlier step" if saved.exists() else "no checkpoint was due yet"
+
+
+def plain(args, names: Iterable[str]) -> dict:
+    """These flags as plain values."""
+    flags = {name: getattr(args, name) for name in names}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
 
 
 def write(path: Path, text: str) -> None:
@@ -552,7 +580,7 @@ def redraw(args, checkpoint: dict) -> None:
     air = AIR.from_checkpoint(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
     finished = any(line["split"] == "test" for line in read_metrics(folder))
     split = "test" if finished else "validation"
-    scenes = load_split(split, args.data_dir, args.mnist_root)
+    scenes = load_scenes(args, checkpoint)[2 if finished else 1]
     viz.Screen(folder, connect(args)).show(draw(air, split, scenes, folder, args.seed))
     print(f"Pictures are in {folder}")
 
@@ -574,23 +602,27 @@ def connect(args) -> viz.Dashboard | None:
 
 def summary(result: dict, folder: Path, seconds_for_pictures: float) -> str:
     """What a user wants to know at the end of a run."""
-    confusion = np.array(result["confusion"])
 
     def with_interval(accuracy: float) -> str:
         right = round(accuracy * result["images"])
         low, high = binomtest(right, result["images"]).proportion_ci(method="wilson")
         return f"{accuracy:.2%} (95% interval {low:.2%} to {high:.2%})"
 
-    lines = [
-        f"{result['images']:,} test scenes, {result['step']:,} steps, {result['seconds'] / 60:.1f} minutes of training",
-        f"  count accuracy   {with_interval(result['count_accuracy'])}, by one sample of the guide",
-        f"                   {with_interval(result['count_accuracy_mode'])}, by its most probable count",
+    minutes = result["seconds"] / 60
+    lines = [f"{result['images']:,} test scenes, {result['step']:,} steps, {minutes:.1f} minutes of training"]
+    if result["count_accuracy"] is not None:
+        lines += [
+            f"  count accuracy   {with_interval(result['count_accuracy'])}, by one sample of the guide",
+            f"                   {with_interval(result['count_accuracy_mode'])}, by its most probable count",
+        ]
+    lines += [
         f"  ELBO             {result['elbo']:.1f} nats per image",
         f"  last step used   in {result['last_step_rate']:.2%} of the images",
-        "  inferred count  " + "".join(f"{count:>8}" for count in range(confusion.shape[1])),
     ]
-    for true, row in enumerate(confusion):
-        lines.append(f"    true count {true:<3}" + "".join(f"{n:>8,}" for n in row))
+    if result["confusion"]:
+        lines.append("  inferred count  " + "".join(f"{count:>8}" for count in range(len(result["confusion"][0]))))
+        for true, row in enumerate(result["confusion"]):
+            lines.append(f"    true count {true:<3}" + "".join(f"{n:>8,}" for n in row))
     return "\n".join(
         [*lines, f"Checkpoint, metrics and pictures (drawn in {seconds_for_pictures:.0f} s in all) are in {folder}"]
     )
@@ -657,7 +689,8 @@ def make_parser(**options) -> argparse.ArgumentParser:
     add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: go on with it")
     add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes, print one JSON object")
     add("--redraw", action="store_true", help="with --load: draw the run's pictures again")
-    add("--data", type=Path, metavar="NPZ", help="with --eval-only: evaluate on your own images")
+    add("--data", type=Path, metavar="NPZ", help="train on your own images; with --eval-only, evaluate on them")
+    add("--test-data", type=Path, metavar="NPZ", help="with --data: held-out images; if not given, the last tenth")
     add(
         "--predict",
         type=Path,
@@ -698,7 +731,8 @@ def adopt_flags(parser: argparse.ArgumentParser, argv: list[str] | None, checkpo
         raise CheckpointError(f"the checkpoint is not of a run of this script: it has no {', '.join(sorted(missing))}")
     # Nothing in a file is taken on trust: its flags are parsed as if they had been typed.
     typed = ["--plain"] if flags["plain"] is True else []
-    typed += [f"--{name.replace('_', '-')}={flags[name]}" for name in (*KEPT, *FIXED) if name != "plain"]
+    unset = {"plain"} | {name for name in ("data", "test_data") if flags[name] is None}
+    typed += [f"--{name.replace('_', '-')}={flags[name]}" for name in (*KEPT, *FIXED) if name not in unset]
     try:
         own = make_parser(exit_on_error=False).parse_args(typed)
     except argparse.ArgumentError as error:
@@ -707,6 +741,8 @@ def adopt_flags(parser: argparse.ArgumentParser, argv: list[str] | None, checkpo
     if not (isinstance(step, int) and 0 <= step <= own.num_steps and isinstance(seconds, float) and seconds >= 0):
         raise CheckpointError(f"the checkpoint cannot be of step {step!r} after {seconds!r} seconds")
     parser.set_defaults(**{name: getattr(own, name) for name in (*KEPT, *FIXED)})
+    if parser.parse_args(argv).data != own.data:
+        parser.set_defaults(test_data=None)  # It belongs to the other images.
     args = parser.parse_args(argv)
     for name in FIXED:
         if getattr(args, name) != getattr(own, name):
@@ -741,8 +777,8 @@ def check_flags(args) -> None:
         raise UsageError(f"--data-dir {args.data_dir} is not a folder")
     if args.mnist_root and not args.mnist_root.is_dir():
         raise UsageError(f"--mnist-root {args.mnist_root} is not a folder")
-    if args.data and not args.eval_only:
-        raise UsageError("--data needs --eval-only")
+    if args.test_data and not args.data:
+        raise UsageError("--test-data needs --data")
     if args.eval_only and args.out:
         raise UsageError("--out has no use with --eval-only, which writes no file")
     if args.redraw and args.out:

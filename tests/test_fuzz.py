@@ -25,6 +25,7 @@ FLAGS = dict.fromkeys(("batch_size", "num_steps"), 4) | {
     **{"learning_rate": 1e-3, "baseline_learning_rate": 1e-3, "seed": 0, "model_steps": 2},
     **{"estimator": "tracegraph", "baseline": "rnn", "plain": False},
     **dict.fromkeys(("eval_every", "viz_every", "save_every"), 2),
+    **dict.fromkeys(("data", "test_data")),
 }
 
 

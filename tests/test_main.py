@@ -8,7 +8,9 @@ import torch
 from conftest import ROOT, call_main
 
 import main
+import multi_mnist
 from air import AIR
+from evaluation import evaluate
 
 SHORT = ("-n", 6, "-b", 8, "--eval-every", 2, "--save-every", 3)
 
@@ -142,6 +144,53 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(run, run_main, tmp_
     assert [line["step"] for line in metrics(straight)] == [2, 4, 6, 6]
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_users_own_images(labelled, run_main, digits, tmp_path):
+    """60 images of 40 pixels: trained on 54, the last 6 held out; accuracy is told only if counts are there."""
+    own = multi_mnist.compose(*digits, n=60, rng=np.random.default_rng(3), canvas_size=40)
+    flags = (*SHORT, "-n", 4, "--eval-every", 2, "--data", tmp_path / "own.npz", "--out", tmp_path / "run")
+    np.savez(tmp_path / "own.npz", x=own.x, **({"counts": own.counts} if labelled else {}))
+    finished = run_main(*flags)
+    assert finished.returncode == 0, finished.stderr
+    lines = metrics(tmp_path / "run")
+    assert [line["images"] for line in lines] == [6, 6, 6] and ("count accuracy" in finished.stdout) == labelled
+    air = AIR.load(tmp_path / "run" / "checkpoint.pt")
+    assert air.image_size == 40
+    held_out = multi_mnist.Scenes(own.x[-6:], own.counts[-6:])
+    expected = evaluate(air, held_out)
+    assert lines[-1]["elbo"] == pytest.approx(expected["elbo"])
+    assert lines[-1]["count_accuracy"] == (expected["count_accuracy"] if labelled else None)
+    assert (tmp_path / "run" / "mistakes.png").exists() == (tmp_path / "run" / "confusion.png").exists() == labelled
+    assert run_main("--load", tmp_path / "run", "--redraw").returncode == 0
+
+    # A run knows its images, and can be given others; what is in a file is what is evaluated.
+    evaluated = json.loads(run_main("--load", tmp_path / "run", "--eval-only").stdout)
+    assert evaluated["split"] == "test" and evaluated == lines[-1]
+    whole = json.loads(run_main("--load", tmp_path / "run", "--eval-only", "--data", tmp_path / "own.npz").stdout)
+    assert whole["split"] == "data" and whole["images"] == 60
+    np.savez(tmp_path / "others.npz", x=own.x[:7])
+    others = ("--data", tmp_path / "own.npz", "--test-data", tmp_path / "others.npz")
+    longer = run_main("--load", tmp_path / "run", "-n", 6, "--out", tmp_path / "longer", *others)
+    assert longer.returncode == 0, longer.stderr
+    assert metrics(tmp_path / "longer")[-1]["images"] == 7 and metrics(tmp_path / "longer")[0]["images"] == 6
+
+
+def test_own_images_that_do_not_do(run, run_main, scenes, tmp_path):
+    np.savez(tmp_path / "few.npz", x=scenes.x[:9])
+    np.savez(tmp_path / "own.npz", x=scenes.x[:60], counts=scenes.counts[:60])
+    np.savez(tmp_path / "small.npz", x=scenes.x[:60, :40, :40])
+    own = ("--data", tmp_path / "own.npz")
+    for flags, error in (
+        (("--data", tmp_path / "few.npz"), "9 images are too few"),
+        ((*own, "-t", 1), "--model-steps 1: there are images with 2 objects"),
+        ((*own, "--test-data", tmp_path / "small.npz"), "are 40 pixels wide"),
+        (("--load", run[0], "-n", 8, "--data", tmp_path / "small.npz"), "40 pixels wide, the model's canvas is 50"),
+    ):
+        refused = run_main(*flags, "--out", tmp_path / "run")
+        assert refused.returncode == 2 and error in refused.stderr and len(refused.stderr.splitlines()) == 2
+        assert not (tmp_path / "run").exists()
+
+
 GREATER = "greater than 0"
 BAD = [
     ("-n -5", "--num-steps: invalid int greater than 0, at most 1,000,000,000 value: '-5'"),
@@ -186,7 +235,10 @@ BAD = [
     (f"--load {ROOT}/README.md", "not a checkpoint"),
     ("--eval-only", "needs --load"),
     ("--redraw", "needs --load"),
-    ("--data x.npz", "needs --eval-only"),
+    ("--data x.npz", "no such file: x.npz"),
+    ("--test-data x.npz", "--test-data needs --data"),
+    ("--data x.npz --test-data x.npz --eval-only --load x", "holds nothing out"),
+    ("--data x.npz --predict . --load x", "--data has no use with --predict"),
     ("--predict images", "needs --load"),
     ("--invert", "--invert needs --predict"),
     ("--json found.json", "--json needs --predict"),
