@@ -20,9 +20,7 @@ from evaluation import own_random_numbers
 from multi_mnist import DataError, load_file, one_line
 
 
-def predict(
-    air: AIR, path: Path, invert: bool = False, folder: Path | None = None, batch_size: int = 256
-) -> list[dict]:
+def predict(air: AIR, path: Path, invert: bool = False, folder: Path | None = None, batch_size: int = 32) -> list[dict]:
     """What is in the images at `path`: an image file, an .npz file (see `load_file`), or a folder of these.
 
     Returns a dictionary for each image, of plain values: file; index (within an .npz); count, the
@@ -45,34 +43,32 @@ def predict(
                 continue
             canvases, places = zip(*(fit(image, air.image_size) for _, image in batch))
             seen = air.infer(torch.from_numpy(np.stack(canvases)).to(device))
-            counts, probs, boxes = (
-                seen.count_probs.argmax(-1).tolist(),
-                seen.count_probs.tolist(),
-                seen.boxes.cpu().numpy(),
-            )
-            for (result, image), place, count, prob, box in zip(batch, places, counts, probs, boxes):
+            probs, boxes = seen.count_probs.cpu().numpy(), seen.boxes.cpu().numpy()
+            for (result, image), (left, top, across, down), prob, box in zip(batch, places, probs, boxes):
+                count = int(prob.argmax())
                 # The windows of all steps are valid up to any count: the guide takes every step.
-                box = (box[:count] - [*place[:2], 0, 0]) / [*place[2:], *place[2:]]
-                result |= {"count": count, "count_probability": prob[count], "boxes": box.round(2).tolist()}
+                box = (box[:count] - [left, top, 0, 0]) / [across, down, across, down]
+                result |= {"count": count, "count_probability": float(prob[count]), "boxes": box.round(2).tolist()}
                 if folder:
-                    name = f"{result['file']}-{result['index']}" if "index" in result else result["file"]
-                    Image.fromarray(viz.draw_scene(image, box, f"{count} ({prob[count]:.1%})")).save(
-                        folder / f"{name}.png"
-                    )
+                    name = "-".join(str(result[key]) for key in ("file", "index") if key in result)
+                    picture = viz.draw_scene(image, box, f"{count} ({prob[count]:.1%})")
+                    Image.fromarray(picture).save(folder / f"{name}.png")
     return results
 
 
 def read_images(path: Path, invert: bool) -> Iterator[tuple[dict, np.ndarray | None]]:
-    """The images in a file, float32 `[h, w]` in [0, 1], each with what is known of it; None if it cannot be read."""
+    """What is known of each image in a file, and itself (`[h, w]`, uint8 or floats in [0, 1]) if it can be read."""
     try:
         if path.suffix == ".npz":
-            for i, x in enumerate(load_file(path).x):
-                x = x.astype(np.float32) / (255 if x.dtype == np.uint8 else 1)
-                yield {"file": path.name, "index": i}, 1 - x if invert else x
+            x = load_file(path).x
+            if invert:
+                x = (255 if x.dtype == np.uint8 else 1) - x
+            for i in range(len(x)):
+                yield {"file": path.name, "index": i}, x[i]
             return
         with Image.open(path) as image:
             x = to_grey(ImageOps.exif_transpose(image), ground=255 if invert else 0)
-        yield {"file": path.name}, 1 - x if invert else x
+        yield {"file": path.name}, 255 - x if invert else x
     except DataError as error:
         yield {"file": path.name, "error": str(error)}, None
     except Exception as error:  # Whatever goes wrong in reading, the file is at fault.
@@ -80,13 +76,13 @@ def read_images(path: Path, invert: bool) -> Iterator[tuple[dict, np.ndarray | N
 
 
 def to_grey(image: Image.Image, ground: int) -> np.ndarray:
-    """Any image as floats in [0, 1]."""
-    if image.mode.startswith(("I", "F")):  # 16 bits, in all such files that we know of
-        return np.clip(np.asarray(image, np.float32) / 65535, 0, 1)
+    """Any image as uint8 `[h, w]`."""
+    if image.mode.startswith("I"):  # 16 bits, in all such files that we know of
+        return (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (ground, ground, ground, 255)), image)
-    return np.asarray(image.convert("L"), np.float32) / 255
+    return np.asarray(image.convert("L"))
 
 
 def fit(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[float, float, float, float]]:
@@ -95,6 +91,6 @@ def fit(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[float, float, f
     w, h = (max(1, round(side * size / max(height, width))) for side in (width, height))
     left, top = (size - w) // 2, (size - h) // 2
     canvas = np.zeros((size, size), np.float32)
-    scaled = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
-    canvas[top : top + h, left : left + w] = np.clip(scaled, 0, 1)
+    scaled = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
+    canvas[top : top + h, left : left + w] = scaled / 255 if image.dtype == np.uint8 else scaled.clip(0, 1)
     return canvas, (left, top, w / width, h / height)

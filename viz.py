@@ -53,6 +53,8 @@ def draw_scenes(images, boxes=None, captions=None, columns=10, title=None, label
 
 def draw_scene(image, boxes, caption: str) -> np.ndarray:
     """One grey image of any shape `[h, w]`, uint8 or floats in [0, 1], with boxes `[k, 4]` and a text above it."""
+    step = -(-max(image.shape) // 1000)  # a photograph has more pixels than are needed here
+    image, boxes = image[::step, ::step], np.asarray(boxes) / step
     h, w = image.shape
     pixel = max(1, 480 / max(h, w)) / DPI
     width, height = w * pixel + 0.2, h * pixel + 0.7

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 import viz
 
@@ -16,6 +17,22 @@ def test_boxes_are_drawn_where_they_are(scenes):
     rows, columns = np.nonzero((boxed[:below, :, 0] > 150) & (boxed[:below, :, 1] < 100))
     box = np.array([columns.min() - left, rows.min() - top, np.ptp(columns), np.ptp(rows)]) / scale
     np.testing.assert_allclose(box, [10, 20, 25, 5], atol=2)
+
+
+@pytest.mark.parametrize("height, width", [(20, 40), (2500, 3500)])
+def test_a_scene_of_any_size(height, width):
+    """As above, whether it is drawn larger or smaller than it is."""
+    black, box = np.zeros((height, width), np.uint8), np.array([0.1, 0.2, 0.5, 0.3])
+    plain = viz.draw_scene(black, [], "0")
+    boxed = viz.draw_scene(black, [box * width], "1")
+    ink = (plain == 0).all(2)  # of the image, and of the text above it, which is small
+    columns, rows = np.flatnonzero(ink.sum(0) > 50), np.flatnonzero(ink.sum(1) > 200)
+    left, top, wide = columns[0], rows[0], len(columns)
+    inside = boxed[: top + len(rows)]  # without the legend
+    rows, columns = np.nonzero((inside[..., 0] > 150) & (inside[..., 1] < 100))
+    drawn = np.array([columns.min() - left, rows.min() - top, np.ptp(columns), np.ptp(rows)]) / wide
+    np.testing.assert_allclose(drawn, box, atol=0.02)
+    assert 400 < boxed.shape[1] < 1300
 
 
 def test_a_grid_of_any_number(scenes):
