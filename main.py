@@ -410,7 +410,7 @@ class Run:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__}
         versions |= {"torchvision": torchvision.__version__, "numpy": np.__version__}
         config = {
-            "flags": plain(args, vars(args)),
+            "flags": plain_values(args, vars(args)),
             "seed": args.seed,
             "air": air.config,
             "versions": versions,
@@ -432,7 +432,7 @@ class Run:
             self.folder / "checkpoint.pt",
             step=self.step,
             seconds=self.seconds,
-            flags=plain(self.args, (*KEPT, *FIXED)),
+            flags=plain_values(self.args, (*KEPT, *FIXED)),
             optimizer=self.optimizer.state_dict(),
             rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state() if self.args.cuda else None,
@@ -482,7 +482,7 @@ class Run:
         return f"{saved} is of an earlier step" if saved.exists() else "no checkpoint was due yet"
 
 
-def plain(args, names: Iterable[str]) -> dict:
+def plain_values(args, names: Iterable[str]) -> dict:
     """These flags as plain values."""
     flags = {name: getattr(args, name) for name in names}
     return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
