@@ -206,8 +206,8 @@ def load_scenes(args, checkpoint: dict | None) -> tuple[Scenes, Scenes, Scenes]:
         n = len(scenes.x) // 10
         if n == 0:
             raise UsageError(f"--data {args.data}: {len(scenes.x)} images are too few to hold a tenth out")
-        held_out = Scenes(scenes.x[-n:], None if scenes.counts is None else scenes.counts[-n:])
-        scenes = Scenes(scenes.x[:-n], None if scenes.counts is None else scenes.counts[:-n])
+        parts = slice(None, -n), slice(-n, None)
+        scenes, held_out = (Scenes(*(array if array is None else array[part] for array in scenes)) for part in parts)
     for part in (scenes, held_out):
         if part.counts is not None and part.counts.max() > args.model_steps:
             raise UsageError(f"--model-steps {args.model_steps}: there are images with {part.counts.max()} objects")
