@@ -270,8 +270,8 @@ class AIR(nn.Module):
         return canvases[counts, torch.arange(len(counts), device=counts.device)]
 
     @torch.no_grad()
-    def infer(self, x: Tensor) -> Inference:
-        """What is in the images `x` (floats in [0, 1], `[n, h, h]`), by one sample of the guide."""
+    def weigh(self, x: Tensor) -> tuple[list[Step], Tensor]:
+        """One sample of the guide for the images `x`, and its `log p(x, z) - log q(z | x)` `[n]`, in nats."""
         training = self.training
         self.eval()
         guide = poutine.trace(self.guide).get_trace(x)
@@ -281,8 +281,12 @@ class AIR(nn.Module):
         for trace in (model, guide):
             trace.compute_log_prob()
             log_probs.append(sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site))
+        return guide.nodes["_RETURN"]["value"], log_probs[0] - log_probs[1]
 
-        steps = guide.nodes["_RETURN"]["value"]
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Inference:
+        """What is in the images `x` (floats in [0, 1], `[n, h, h]`), by one sample of the guide."""
+        steps, log_weight = self.weigh(x)
         z_where = torch.stack([step.z_where for step in steps])
         z_what = torch.stack([step.z_what for step in steps])
         z_pres = torch.stack([step.z_pres for step in steps])
@@ -296,7 +300,7 @@ class AIR(nn.Module):
         return Inference(
             counts=counts,
             count_probs=count_probs.mT,
-            elbo=log_probs[0] - log_probs[1],
+            elbo=log_weight,
             z_where=z_where.transpose(0, 1),
             z_what=z_what.transpose(0, 1),
             boxes=pose_to_box(z_where, self.image_size).transpose(0, 1),

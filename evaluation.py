@@ -1,10 +1,13 @@
 """How good is an AIR: the numbers that main.py, the notebook and the benchmarks quote."""
 
+import math
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from pyro import poutine
+from scipy.stats import binomtest
+from tqdm import tqdm
 
 from air import AIR
 from multi_mnist import Scenes
@@ -51,6 +54,30 @@ def evaluate(air: AIR, scenes: Scenes, batch_size: int = 500, seed: int = 0) -> 
         result["count_accuracy_mode"] = float((modes == scenes.counts).mean())
         result["confusion"] = confusion.tolist()
     return result
+
+
+def importance_bound(air: AIR, scenes: Scenes, samples: int = 100, batch_size: int = 500, seed: int = 0) -> np.ndarray:
+    """For each scene a lower bound on `log p(x)` in nats `[n]`: the log of the mean of `samples` importance weights.
+
+    The weights are `p(x, z) / q(z | x)` at samples of the guide; with one of them it is the ELBO (Burda et
+    al., ICLR 2016, arXiv:1509.00519).
+    """
+    device = next(air.parameters()).device
+    bounds = []
+    with own_random_numbers(device, seed):
+        for start in tqdm(
+            range(0, len(scenes.x), batch_size), "importance weights", unit_scale=batch_size, leave=False
+        ):
+            x = to_images(scenes.x[start : start + batch_size], device)
+            log_weights = torch.stack([air.weigh(x)[1] for _ in range(samples)])
+            bounds.append(log_weights.logsumexp(0).cpu() - math.log(samples))
+    return torch.cat(bounds).numpy()
+
+
+def interval(share: float, n: int) -> tuple[float, float]:
+    """The 95% interval (Wilson's) of a probability of which a `share` of `n` trials was seen."""
+    low, high = binomtest(round(share * n), n).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 @torch.no_grad()

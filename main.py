@@ -1,10 +1,12 @@
 """Train Attend, Infer, Repeat on multi-MNIST, so that it learns to count without being told how.
 
 python main.py                                   # train, evaluate, draw
+torchrun --nproc-per-node 4 main.py              # the same in four processes, on one machine or several
 python main.py --data my.npz                     # the same with images of your own
 python main.py --load runs/NAME                  # go on with a run that was interrupted
 python main.py --load runs/NAME --eval-only      # evaluate it on the test scenes
 python main.py --load runs/NAME --redraw         # draw its pictures again
+python main.py --load runs/NAME --report         # how well it counts, finds, represents: report.html
 python main.py --load runs/NAME --predict FOLDER # count what is in images of your own
 """
 
@@ -18,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from datetime import datetime
 from pathlib import Path
 
@@ -31,14 +33,16 @@ from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
-from scipy.stats import binomtest
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import viz
 from air import AIR, CheckpointError, StaticTraceGraph_ELBO, read_checkpoint
-from evaluation import evaluate, own_random_numbers, to_images
-from multi_mnist import DataError, Scenes, load_file, load_split
+from evaluation import evaluate, interval, own_random_numbers, to_images
+from multi_mnist import DataError, Scenes, load_digits, load_file, load_split
+from parallel import ProcessLost, Ranks
 from predict import predict
+from report import page, report
 
 TITLES = {
     "attention": "{split} scenes: where the guide looked, step by step, and how many objects it counted",
@@ -96,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(evaluate_only(args, checkpoint, given_data)))
         elif args.redraw:
             redraw(args, checkpoint)
+        elif args.report:
+            write_report(args, checkpoint)
         elif args.predict:
             predict_only(args, checkpoint)
         else:
@@ -105,12 +111,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(shorten(str(error)))
     except OSError as error:
         sys.exit(f"main.py: error: {error}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ProcessLost) as reason:
         saved = args.out and (args.out / "checkpoint.pt").exists()
-        print(
-            "interrupted" + (f"; --load {args.out} goes on from the last checkpoint" if saved else ""), file=sys.stderr
-        )
-        sys.exit(130)
+        what = f"main.py: error: {reason}" if isinstance(reason, ProcessLost) else "interrupted"
+        print(what + (f"; --load {args.out} goes on from the last checkpoint" if saved else ""), file=sys.stderr)
+        sys.exit(1 if isinstance(reason, ProcessLost) else 130)
 
 
 # --------------------------------------------------------------------------------- the main thing
@@ -118,10 +123,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args, checkpoint: dict | None) -> None:
     """Data, AIR, SVI, evaluation, checkpoint, pictures."""
-    device = torch.device("cuda" if args.cuda else "cpu")
-    train_scenes, validation_scenes, test_scenes = load_scenes(args, checkpoint)
-    dashboard = connect(args)
-    train_x = torch.from_numpy(train_scenes.x)  # uint8; a mini-batch becomes floats when it is drawn
+    ranks = Ranks(args.cuda)
+    # On each machine one process first: it may have to fetch and compose the scenes.
+    for turn in (True, False):
+        if turn == (ranks.local_rank == 0):
+            train_scenes, validation_scenes, test_scenes = load_scenes(args, checkpoint)
+        ranks.wait()
+    dashboard = connect(args) if ranks.first else None
+    # This process's share; uint8: a mini-batch becomes floats when it is drawn.
+    train_x = torch.from_numpy(train_scenes.x)[ranks.rank :: ranks.number]
 
     pyro.clear_param_store()  # of an earlier run in the same process
     pyro.set_rng_seed(args.seed)
@@ -130,35 +140,42 @@ def train(args, checkpoint: dict | None) -> None:
     else:
         paper = {"refine": False, "exploration": 0.0} if args.plain else {}
         air = AIR(args.model_steps, image_size=train_scenes.x.shape[1], baseline=args.baseline, **paper)
-    air.to(device)
+    air.to(ranks.device)
+    ranks.share(air.state_dict().values())
 
-    svi, adam = make_svi(air, args.estimator)
+    svi, adam = make_svi(air, args.estimator, ranks)
     pyro.enable_validation(False)  # Its checks of every distribution take time; tests leave them on.
     rates = (args.learning_rate, args.baseline_learning_rate)
 
-    run = Run(args, air, adam, checkpoint)
+    run = Run(args, air, adam, checkpoint, ranks)
     screen = viz.Screen(run.folder, dashboard)
 
-    def show(split, scenes):
-        started = time.perf_counter()
-        screen.show(draw(air, split, scenes, run.folder, args.seed))
-        run.seconds_for_pictures += time.perf_counter() - started
+    def measure(split, scenes):
+        return run.record(split, evaluate(air, scenes)) if ranks.first else None
 
-    bar = tqdm(total=args.num_steps, initial=run.step, unit="step", mininterval=0.5, smoothing=0.05)
+    def show(split, scenes):
+        if ranks.first:
+            started = time.perf_counter()
+            screen.show(draw(air, split, scenes, run.folder, args.seed))
+            run.seconds_for_pictures += time.perf_counter() - started
+
+    bar = tqdm(
+        total=args.num_steps, initial=run.step, unit="step", mininterval=0.5, smoothing=0.05, disable=not ranks.first
+    )
     with run.lock, bar, stop_signals() as stopped:
         if run.step == 0:
             show("validation", validation_scenes)
-        while run.step < args.num_steps and not stopped:
+        while run.step < args.num_steps and not ranks.any(stopped):
             started = time.perf_counter()
             for group, rate in zip(adam.param_groups, rates):
                 group["lr"] = rate * schedule(run.step, args.num_steps)
             air.set_count_prior(PLAIN_COUNT_RATIO if args.plain else count_ratio(run.step, args.num_steps))
-            batch = torch.randint(len(train_x), (args.batch_size,))
-            x = to_images(train_x[batch], device)
+            batch = torch.randint(len(train_x), (args.batch_size // ranks.number,))
+            x = to_images(train_x[batch], ranks.device)
             try:
                 loss = svi.step(x)
-            except (NumericalFault, RuntimeError) as fault:
-                run.put_up_with(fault, blame(air, x, fault))
+            except NumericalFault as fault:
+                run.put_up_with(fault, None if fault.elsewhere else blame(air, x, fault))
                 adam.zero_grad()
                 continue  # Nothing was changed but the random numbers.
             run.step += 1
@@ -171,21 +188,26 @@ def train(args, checkpoint: dict | None) -> None:
             if run.step % math.gcd(args.eval_every, args.viz_every, args.save_every) == 0 or run.step == args.num_steps:
                 run.check_parameters()
             if run.step % args.eval_every == 0 or run.step == args.num_steps:
-                run.record("validation", evaluate(air, validation_scenes))
+                measure("validation", validation_scenes)
             if run.step % args.viz_every == 0:
                 show("validation", validation_scenes)
             if run.step % args.save_every == 0 or run.step == args.num_steps:
                 run.save()
-        if stopped:
+        if ranks.any(stopped):
             run.save()
             show("validation", validation_scenes)
             bar.close()
-            print(f"{stopped[0].name} after step {run.step}: `--load {run.folder}` goes on from here", file=sys.stderr)
-            sys.exit(128 + stopped[0])
+            number = stopped[0] if stopped else signal.SIGTERM  # The other processes were told by the one that was.
+            if ranks.first:
+                went_on = f"`--load {run.folder}` goes on from here"
+                print(f"{number.name} after step {run.step}: {went_on}", file=sys.stderr)
+            sys.exit(128 + number)
 
-    result = run.record("test", evaluate(air, test_scenes))
+    ranks.close()
+    result = measure("test", test_scenes)
     show("test", test_scenes)
-    print(summary(result, run.folder, run.seconds_for_pictures))
+    if result:
+        print(summary(result, run.folder, run.seconds_for_pictures))
 
 
 def load_scenes(args, checkpoint: dict | None) -> tuple[Scenes, Scenes, Scenes]:
@@ -214,12 +236,16 @@ def load_scenes(args, checkpoint: dict | None) -> tuple[Scenes, Scenes, Scenes]:
     return scenes, held_out, held_out
 
 
-def make_svi(air: AIR, estimator: str) -> tuple[SVI, torch.optim.Adam]:
+def make_svi(air: AIR, estimator: str, ranks: Ranks | None = None) -> tuple[SVI, torch.optim.Adam]:
     """The inference algorithm, and the optimizer behind it: one Adam, a parameter group for the baseline's rate.
 
     estimator: "tracegraph" samples `z_pres` and reduces the variance of its gradient; "traceenum" sums
         over its values, all T + 1 counts, and has no such variance. The rest is sampled by both.
+
+    A step raises NumericalFault, and changes nothing, if in one of the processes the loss or the
+    gradient cannot be had, is not finite, or the gradient is absurdly long.
     """
+    ranks = ranks or Ranks(cuda=False)
     baseline = [p for name, p in air.named_parameters() if name.startswith("baseline.")]
     others = [p for name, p in air.named_parameters() if not name.startswith("baseline.")]
     adam = torch.optim.Adam([{"params": others}, {"params": baseline}], fused=True)
@@ -230,10 +256,19 @@ def make_svi(air: AIR, estimator: str) -> tuple[SVI, torch.optim.Adam]:
         guide, elbo = config_enumerate(air.guide), TraceEnum_ELBO(max_plate_nesting=1)
 
     def loss_and_grads(*args):
-        loss = elbo.loss_and_grads(*args)
-        if not math.isfinite(loss):
-            raise NumericalFault(f"the loss is {loss}")
-        return loss
+        fault = None
+        try:
+            loss = elbo.loss_and_grads(*args)
+            length = get_total_norm([p.grad for p in air.parameters() if p.grad is not None]).item()
+            if not math.isfinite(loss):
+                fault = NumericalFault(f"the loss is {loss}")
+            elif not length < LONGEST_GRADIENT:
+                fault = NumericalFault(f"the gradient's norm is {length:.1e}")
+        except RuntimeError as error:
+            fault = NumericalFault(str(error))
+        if ranks.any(fault):
+            raise fault or NumericalFault(elsewhere=True)
+        return ranks.add_up(loss, list(air.parameters()))
 
     return SVI(air.model, guide, OneOptimizer(adam), elbo.loss, loss_and_grads), adam
 
@@ -249,19 +284,12 @@ def count_ratio(step: int, num_steps: int, first: float = 1e-4) -> float:
 
 
 class OneOptimizer(PyroOptim):
-    """Lets SVI step one torch optimizer for all parameters, where Pyro would make one for each of them.
-
-    Raises NumericalFault, and steps nothing, if the gradient is not finite or absurdly long.
-    """
+    """Lets SVI step one torch optimizer for all parameters, where Pyro would make one for each of them."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
 
     def __call__(self, params) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        length = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
-        if not length < LONGEST_GRADIENT:
-            raise NumericalFault(f"the gradient's norm is {length:.1e}")
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -291,11 +319,28 @@ def predict_only(args, checkpoint: dict) -> None:
         sys.exit(1)
 
 
+def write_report(args, checkpoint: dict) -> None:
+    """report.json and report.html, in the run's folder."""
+    folder = args.load.parent
+    air = AIR.from_checkpoint(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
+    test_scenes = load_scenes(args, checkpoint)[2]
+    digits = load_digits(False, args.data_dir, args.mnist_root)
+    measured, pictures = report(air, test_scenes, *digits)
+    title = f"An AIR after {checkpoint['step']:,} steps (seed {args.seed}, {args.estimator})"
+    write(folder / "report.json", json.dumps({"step": checkpoint["step"]} | measured, indent=1) + "\n")
+    write(folder / "report.html", page(title, measured, pictures))
+    print(f"{folder / 'report.html'} and {folder / 'report.json'}")
+
+
 # ------------------------------------------------------------------------- when things go wrong
 
 
 class NumericalFault(ArithmeticError):
-    """A loss or gradient that must not be used for a step."""
+    """A loss or gradient that must not be used for a step; `elsewhere`: another process's."""
+
+    def __init__(self, message: str = "", elsewhere: bool = False):
+        super().__init__(message)
+        self.elsewhere = elsewhere
 
 
 class FirstFault(Messenger):
@@ -389,10 +434,18 @@ def shorten(text: str) -> str:
 class Run:
     """A run's progress, and its folder: config.json, metrics.jsonl, checkpoint.pt."""
 
-    def __init__(self, args, air: AIR, optimizer: torch.optim.Optimizer, checkpoint: dict | None):
-        self.args, self.air, self.optimizer = args, air, optimizer
+    def __init__(self, args, air: AIR, optimizer: torch.optim.Optimizer, checkpoint: dict | None, ranks: Ranks):
+        self.args, self.air, self.optimizer, self.ranks = args, air, optimizer, ranks
         self.step, self.seconds, self.seconds_for_pictures, self.accuracy = 0, 0.0, 0.0, "-"
         self.folder, self.faults = args.out, []
+        if checkpoint:
+            self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+            self.restore(checkpoint)
+        elif not ranks.first:
+            self.own_stream()
+        if not ranks.first:
+            self.lock = nullcontext()
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self.lock = FileLock(self.folder / ".lock").acquire(timeout=0)
@@ -400,12 +453,11 @@ class Run:
             raise UsageError(f"another process is training in {self.folder}") from None
         kept = []
         if checkpoint:
-            self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
-            self.restore(checkpoint)
             earlier = read_metrics(args.load.parent) if in_run_folder(args.load) else []
             kept = [line for line in earlier if line["step"] <= self.step and line["split"] != "test"]
         elif args.overwrite:
-            for name in ("checkpoint.pt", "config.json", "metrics.jsonl", *(f"{name}.png" for name in TITLES)):
+            texts = ("config.json", "metrics.jsonl", "report.json", "report.html")
+            for name in ("checkpoint.pt", *texts, *(f"{name}.png" for name in TITLES)):
                 (self.folder / name).unlink(missing_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__}
         versions |= {"torchvision": torchvision.__version__, "numpy": np.__version__}
@@ -414,6 +466,7 @@ class Run:
             "seed": args.seed,
             "air": air.config,
             "versions": versions,
+            "processes": ranks.number,
             "threads": torch.get_num_threads(),
         }
         write(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -428,21 +481,33 @@ class Run:
         return line
 
     def save(self) -> None:
+        """Write the checkpoint; all processes have to come here, for their part of it."""
+        rng = self.ranks.gather(torch.get_rng_state())
+        cuda_rng = self.ranks.gather(torch.cuda.get_rng_state()) if self.args.cuda else None
+        averages = {  # of `--baseline average`, which Pyro keeps itself: a number for each place in the mini-batch
+            name: self.ranks.gather(value.detach())
+            for name, value in sorted(pyro.get_param_store().items())
+            if name.startswith("__baseline")
+        }
+        if not self.ranks.first:
+            return
         self.air.save(
             self.folder / "checkpoint.pt",
             step=self.step,
             seconds=self.seconds,
             flags=plain_values(self.args, (*KEPT, *FIXED)),
             optimizer=self.optimizer.state_dict(),
-            rng=torch.get_rng_state(),
-            cuda_rng=torch.cuda.get_rng_state() if self.args.cuda else None,
-            averages={  # of `--baseline average`, which Pyro keeps itself
-                name: value for name, value in pyro.get_param_store().items() if name.startswith("__baseline")
-            },
+            rng=rng,
+            cuda_rng=cuda_rng,
+            averages=averages,
         )
 
     def restore(self, checkpoint: dict) -> None:
-        """The optimizer's moments and the random numbers' state as they were. Raises CheckpointError."""
+        """The optimizer's moments and the random numbers' state as they were. Raises CheckpointError.
+
+        With another number of processes than before, the random numbers are others.
+        """
+        processes, rank = self.ranks.number, self.ranks.rank
         try:
             state, groups = checkpoint["optimizer"]["state"], self.optimizer.state_dict()["param_groups"]
             parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -454,18 +519,29 @@ class Run:
                     raise ValueError("the optimizer's state is not finite")
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             for name, average in checkpoint["averages"].items():
-                pyro.param(name, average.to(self.air.p_more.device))
-            if self.args.cuda and checkpoint["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-            torch.set_rng_state(checkpoint["rng"])
+                share = average.chunk(processes)[rank] if processes > 1 else average
+                pyro.param(name, share.to(self.air.p_more.device))
+            states = checkpoint["rng"].view(-1, len(torch.get_rng_state()))
+            if len(states) != processes:
+                self.own_stream()
+            else:
+                torch.set_rng_state(states[rank].clone())  # PyTorch does not take a part of a tensor for one.
+                if self.args.cuda and checkpoint["cuda_rng"] is not None:
+                    torch.cuda.set_rng_state(checkpoint["cuda_rng"].view(processes, -1)[rank].clone())
         except Exception as error:  # Whatever goes wrong, the file is at fault.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{self.args.load} cannot be gone on with: {reason}") from None
 
-    def put_up_with(self, fault: Exception, where: str) -> None:
-        """Tell of a step that was not taken; end the run if it was one too many."""
+    def own_stream(self) -> None:
+        """Random numbers of this process, from this step on."""
+        of_this = np.random.SeedSequence([self.args.seed, self.ranks.rank, self.step])
+        torch.manual_seed(int(of_this.generate_state(1)[0]))
+
+    def put_up_with(self, fault: Exception, where: str | None) -> None:
+        """Tell of a step that was not taken, if it was this process's; end the run if it was one too many."""
         self.faults = [step for step in self.faults if step > self.step - FAULTS_WITHIN] + [self.step]
-        tqdm.write(f"step {self.step + 1} was not taken: {str(fault).splitlines()[0]}; from {where}", sys.stderr)
+        if where:
+            tqdm.write(f"step {self.step + 1} was not taken: {str(fault).splitlines()[0]}; from {where}", sys.stderr)
         if len(self.faults) == MOST_FAULTS:
             sys.exit(
                 f"main.py: gave up, {MOST_FAULTS} steps of {FAULTS_WITHIN} went wrong; "
@@ -604,8 +680,7 @@ def summary(result: dict, folder: Path, seconds_for_pictures: float) -> str:
     """What a user wants to know at the end of a run."""
 
     def with_interval(accuracy: float) -> str:
-        right = round(accuracy * result["images"])
-        low, high = binomtest(right, result["images"]).proportion_ci(method="wilson")
+        low, high = interval(accuracy, result["images"])
         return f"{accuracy:.2%} (95% interval {low:.2%} to {high:.2%})"
 
     minutes = result["seconds"] / 60
@@ -689,6 +764,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
     add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: go on with it")
     add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes, print one JSON object")
     add("--redraw", action="store_true", help="with --load: draw the run's pictures again")
+    add("--report", action="store_true", help="with --load: measure in detail how well it does, write report.html")
     add("--data", type=Path, metavar="NPZ", help="train on your own images; with --eval-only, evaluate on them")
     add("--test-data", type=Path, metavar="NPZ", help="with --data: held-out images; if not given, the last tenth")
     add(
@@ -757,9 +833,18 @@ def adopt_flags(parser: argparse.ArgumentParser, argv: list[str] | None, checkpo
 
 def check_flags(args) -> None:
     """Everything that can be known to be wrong before work starts. Fills in --out."""
+    number, _, local_rank = Ranks.planned()
     if args.cuda and not torch.cuda.is_available():
         raise UsageError("--cuda: no CUDA device was found")
-    instead = [f"--{name.replace('_', '-')}" for name in ("eval_only", "redraw", "predict") if getattr(args, name)]
+    if args.cuda and local_rank >= torch.cuda.device_count():
+        raise UsageError(f"--cuda: {torch.cuda.device_count()} CUDA devices are too few for torchrun's processes")
+    if args.batch_size % number:
+        raise UsageError(f"--batch-size {args.batch_size} cannot be shared equally by torchrun's {number} processes")
+    instead = [
+        f"--{name.replace('_', '-')}" for name in ("eval_only", "redraw", "report", "predict") if getattr(args, name)
+    ]
+    if instead and number > 1:
+        raise UsageError(f"{instead[0]} is done by one process: leave torchrun out")
     if instead and not args.load:
         raise UsageError(f"{instead[0]} needs --load")
     if len(instead) > 1:
@@ -781,16 +866,19 @@ def check_flags(args) -> None:
         raise UsageError("--test-data needs --data")
     if args.eval_only and args.out:
         raise UsageError("--out has no use with --eval-only, which writes no file")
-    if args.redraw and args.out:
-        raise UsageError("--out has no use with --redraw, which draws in the run's own folder")
+    for name in ("redraw", "report"):
+        if getattr(args, name) and args.out:
+            raise UsageError(f"--out has no use with --{name}, which writes to the run's own folder")
+    if args.report and args.data:
+        raise UsageError("--report needs to know what is where: it is for runs on multi-MNIST, without --data")
     if args.overwrite and (args.load or not args.out):
         raise UsageError("--overwrite is for --out without --load")
     if args.load and not args.eval_only and not args.predict and not in_run_folder(args.load):
-        if args.redraw:
-            raise UsageError(f"--redraw: {args.load} is not in the folder of a run")
+        if args.redraw or args.report:
+            raise UsageError(f"--{'redraw' if args.redraw else 'report'}: {args.load} is not in the folder of a run")
         if not args.out:
             raise UsageError(f"{args.load} is not in the folder of a run: name a folder to go on in with --out")
-    if args.eval_only or args.redraw or (args.predict and not args.out):
+    if args.eval_only or args.redraw or args.report or (args.predict and not args.out):
         return
     if args.estimator == "traceenum" and args.baseline not in (None, "none"):
         raise UsageError(f"--baseline {args.baseline} has no use with traceenum, which samples no z_pres")

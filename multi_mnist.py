@@ -167,15 +167,17 @@ def write_idx(root: Path, part: str, pixels: np.ndarray, labels: np.ndarray) -> 
 # ------------------------------------------------------------------------------------ the scenes
 
 
-def compose(digits, classes, n, rng, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS) -> Scenes:
+def compose(
+    digits, classes, n, rng, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, shrink=(1.3, 0.1), min_digits=0
+) -> Scenes:
     """Compose `n` scenes by the rule above, all of them at once.
 
-    digits: uint8 `[m, 28, 28]`; classes: int `[m]`; rng: a `numpy.random.Generator`.
-    Raises DataError if the digits do not fit on the canvas.
+    digits: uint8 `[m, 28, 28]`; classes: int `[m]`; rng: a `numpy.random.Generator`; shrink: mean and
+    sd of `f`; min_digits: the fewest in a scene. Raises DataError if the digits do not fit on the canvas.
     """
     if canvas_size < DIGIT_SIZE:
         raise DataError(f"a canvas of {canvas_size} pixels is too small: a digit needs up to {DIGIT_SIZE}")
-    counts = rng.integers(0, max_digits + 1, size=n)
+    counts = rng.integers(min_digits, max_digits + 1, size=n)
     x = np.zeros((n, canvas_size, canvas_size), np.uint8)
     labels = np.full((n, max_digits), -1)
     boxes = np.full((n, max_digits, 4), -1)
@@ -185,7 +187,7 @@ def compose(digits, classes, n, rng, canvas_size=CANVAS_SIZE, max_digits=MAX_DIG
             return Scenes(x, counts, labels, boxes)
         present = np.arange(max_digits) < counts[todo, None]
         which = rng.integers(len(digits), size=present.shape)
-        size = (DIGIT_SIZE / rng.normal(1.3, 0.1, size=present.shape)).astype(int).clip(1, canvas_size)
+        size = (DIGIT_SIZE / rng.normal(*shrink, size=present.shape)).astype(int).clip(1, canvas_size)
         left, top = rng.integers(0, canvas_size - size[None] + 1, size=(2, *present.shape))
         total = np.zeros((len(todo), canvas_size, canvas_size), np.uint16)
         box = np.full((*present.shape, 4), -1)

@@ -235,6 +235,7 @@ BAD = [
     (f"--load {ROOT}/README.md", "not a checkpoint"),
     ("--eval-only", "needs --load"),
     ("--redraw", "needs --load"),
+    ("--report", "needs --load"),
     ("--data x.npz", "no such file: x.npz"),
     ("--test-data x.npz", "--test-data needs --data"),
     ("--data x.npz --test-data x.npz --eval-only --load x", "holds nothing out"),

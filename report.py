@@ -1,0 +1,406 @@
+"""How well does an AIR understand its scenes: `main.py --load RUN --report`.
+
+All of it is measured on multi-MNIST's test scenes, or on others made of the same test digits. What
+is called an object's code here is the mean of `q(z_what_t | x, z_where_t)` at the sampled window.
+"""
+
+import base64
+import html
+import io
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+
+import viz
+from air import AIR, Inference
+from evaluation import evaluate, importance_bound, interval, own_random_numbers, to_images
+from modules import pose_to_box
+from multi_mnist import DIGIT_SIZE, Scenes, compose
+
+INK = 0.2  # the least brightness of a painted pixel that counts as ink
+SIZES = (12, 16, 19, 21, 24, 28, 32)  # pixels; an ordinary digit is drawn 18 to 26 pixels wide
+PROBED = (5000, 2000)  # scenes that a probe is trained and tested on
+UNUSUAL = 1000  # scenes of each unusual kind
+PEERS = {"elbo": 627.4, "bound": 636.8}  # of addtt/attend-infer-repeat-pytorch, by its README
+
+
+class Pairs(NamedTuple):
+    """Inferred objects and the true ones that they are matched with, one pair a row."""
+
+    scene: np.ndarray  # number of the scene
+    step: np.ndarray  # of the guide
+    digit: np.ndarray  # number of the true digit in its scene
+    iou: np.ndarray  # of the window and the true box
+
+
+def report(air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray) -> tuple[dict, dict]:
+    """What main.py writes to report.json, and pictures by name.
+
+    scenes: with labels and boxes. digits, classes: what to compose further scenes of, see `compose`.
+    """
+    seen, codes = look(air, scenes.x)
+    pairs = match(seen.boxes, seen.counts, scenes.boxes, scenes.counts)
+    measured = {"counting": counting(air, scenes), "localisation": localisation(seen, pairs, scenes)}
+    measured["representation"] = representation(air, digits, classes)
+    measured["generalisation"], pictures = generalisation(air, digits, classes)
+    measured["generalisation"]["last_step_rate_on_ordinary_scenes"] = measured["counting"]["last_step_rate"]
+    measured["disentangling"], more = disentangling(air, seen, codes, pairs, scenes)
+    return measured, pictures | more
+
+
+def look(air: AIR, x: np.ndarray, batch_size: int = 500) -> tuple[Inference, np.ndarray]:
+    """One sample of the guide for all images, as arrays, and the codes `[n, T, z_what_size]`."""
+    device = next(air.parameters()).device
+    batches, codes = [], []
+    with own_random_numbers(device), torch.no_grad():
+        for start in range(0, len(x), batch_size):
+            seen = air.infer(to_images(x[start : start + batch_size], device))
+            codes.append(air.encode(seen.x_att.flatten(0, 1))[0].unflatten(0, seen.x_att.shape[:2]).cpu().numpy())
+            batches.append([part.cpu().numpy() for part in seen])
+    return Inference(*map(np.concatenate, zip(*batches))), np.concatenate(codes)
+
+
+# ----------------------------------------------------------------------------------- what is measured
+
+
+def counting(air: AIR, scenes: Scenes) -> dict:
+    measured = evaluate(air, scenes)
+    bound = importance_bound(air, scenes)
+    return measured | {
+        "count_accuracy_interval": interval(measured["count_accuracy"], len(scenes.x)),
+        "count_accuracy_mode_interval": interval(measured["count_accuracy_mode"], len(scenes.x)),
+        "importance_bound_100": float(bound.mean(dtype=np.float64)),
+    }
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes `(x, y, w, h)`, `[.., 4]` each."""
+    sides = np.minimum(a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    common = sides.clip(0).prod(-1)
+    return common / (a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - common)
+
+
+def match(boxes: np.ndarray, counts: np.ndarray, true_boxes: np.ndarray, true_counts: np.ndarray) -> Pairs:
+    """In each scene the one-to-one assignment of inferred to true boxes with the greatest sum of IoU.
+
+    As many pairs as the smaller of the two numbers; boxes that do not meet are told apart by distance.
+    """
+    rows = []
+    for i, (inferred, true) in enumerate(zip(counts, true_counts)):
+        a, b = boxes[i, :inferred, None], true_boxes[i, None, :true].astype(float)
+        iou = overlap(a, b)
+        distance = np.linalg.norm(a[..., :2] + a[..., 2:] / 2 - b[..., :2] - b[..., 2:] / 2, axis=-1)
+        for step, digit in zip(*linear_sum_assignment(iou - 1e-6 * distance, maximize=True)):
+            rows.append((i, step, digit, iou[step, digit]))
+    scene, step, digit, iou = zip(*rows) if rows else ([], [], [], [])
+    return Pairs(np.array(scene, int), np.array(step, int), np.array(digit, int), np.array(iou, float))
+
+
+def localisation(seen: Inference, pairs: Pairs, scenes: Scenes) -> dict:
+    """Windows, and the tightest boxes around what is painted in them, against the true ink's boxes."""
+    windows = seen.boxes[pairs.scene, pairs.step]
+    true = scenes.boxes[pairs.scene, pairs.digit].astype(float)
+    painted = painted_boxes(seen.y_att[pairs.scene, pairs.step], windows)
+    correct = (seen.counts == scenes.counts)[pairs.scene]
+
+    def of(which: np.ndarray, some_scenes: np.ndarray) -> dict:
+        result = {
+            "scenes": int(some_scenes.sum()),
+            "true_objects": int(scenes.counts[some_scenes].sum()),
+            "inferred_objects": int(seen.counts[some_scenes].sum()),
+            "pairs": int(which.sum()),
+        }
+        for name, boxes in (("window", windows[which]), ("ink", painted[which])):
+            distance = np.linalg.norm((boxes - true[which])[:, :2] + (boxes - true[which])[:, 2:] / 2, axis=-1)
+            result[f"{name}_mean_iou"] = mean(overlap(boxes, true[which]))
+            result[f"{name}_mean_centre_distance_px"] = mean(distance)
+        return result
+
+    return {
+        "correctly_counted": of(correct, seen.counts == scenes.counts),
+        "all": of(np.ones_like(correct), np.ones_like(seen.counts, bool)),
+    }
+
+
+def painted_boxes(y_att: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """The boxes `[n, 4]` around the ink of painted objects `[n, w, w]`, given their windows; without ink the window."""
+    boxes, size = windows.copy(), y_att.shape[-1]
+    for axis, ink in ((0, (y_att > INK).any(1)), (1, (y_att > INK).any(2))):
+        first, last = ink.argmax(1), size - ink[:, ::-1].argmax(1)
+        some = ink.any(1)
+        boxes[some, axis] += (windows[:, 2 + axis] * first / size)[some]
+        boxes[some, 2 + axis] = (windows[:, 2 + axis] * (last - first) / size)[some]
+    return boxes
+
+
+def representation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> dict:
+    """Accuracy of probes, trained on scenes of two digits, tested on scenes of other digits.
+
+    digit_class: of a matched object. sum: of the two digits; ascending: whether the left one is the lesser,
+    both from the codes and poses of all objects that the guide found, left to right.
+    """
+    train, test = (
+        features(air, compose(digits[i::2], classes[i::2], n, np.random.default_rng(i), air.image_size, min_digits=2))
+        for i, n in enumerate(PROBED)
+    )
+    result = {}
+    for task, (labels, inputs) in test.items():
+        train_labels, train_inputs = train[task]
+        if len(np.unique(train_labels)) < 2 or not len(labels):  # an AIR that finds nothing
+            result[task] = None
+            continue
+        result[task] = {
+            "trained_on": len(train_labels),
+            "tested_on": len(labels),
+            "commonest_answer": mean(labels == np.bincount(train_labels).argmax()),
+        }
+        for name in inputs:
+            for kind, probe in probes().items():
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ConvergenceWarning)  # They are given so many iterations, no more.
+                    probe.fit(train_inputs[name], train_labels)
+                result[task][f"{kind}_probe_on_{name}"] = float(probe.score(inputs[name], labels))
+    return result
+
+
+def features(air: AIR, scenes: Scenes) -> dict:
+    """For each task the right answers and what a probe is given, from scenes of two digits each."""
+    seen, codes = look(air, scenes.x)
+    pairs = match(seen.boxes, seen.counts, scenes.boxes, scenes.counts)
+    at = pairs.scene, pairs.step
+    objects = {"codes": codes[at], "pixels": seen.x_att[at].reshape(len(pairs.scene), -1)}
+
+    n, steps, _ = codes.shape
+    used = np.arange(steps) < seen.counts[:, None]
+    middle = np.where(used, seen.boxes[..., 0] + seen.boxes[..., 2] / 2, np.inf)
+    found = np.where(used[..., None], np.concatenate([codes, seen.z_where], -1), 0)
+    found = np.take_along_axis(found, middle.argsort(1)[..., None], 1)
+    whole = {"codes": found.reshape(n, -1), "pixels": scenes.x.reshape(n, -1) / 255}
+
+    middle = scenes.boxes[..., 0] + scenes.boxes[..., 2] / 2
+    left, right = np.take_along_axis(scenes.labels, middle.argsort(1, kind="stable"), 1).T
+    return {
+        "digit_class": (scenes.labels[pairs.scene, pairs.digit], objects),
+        "sum": (left + right, whole),
+        "ascending": (left < right, whole),
+    }
+
+
+def probes() -> dict:
+    return {
+        "linear": LogisticRegression(max_iter=100),
+        "mlp": MLPClassifier(256, alpha=0.1, max_iter=30, random_state=0),
+    }
+
+
+def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> tuple[dict, dict]:
+    """Scenes such as it was not trained on: three digits, and none to two of another size."""
+    n, columns, measured, pictures = UNUSUAL, 10, {}, {}
+    three = compose(digits, classes, n, np.random.default_rng(3), air.image_size, 3, min_digits=3)
+    seen, _ = look(air, three.x)
+    measured["three_digits"] = counted(seen, three)
+    pictures["three digits"] = drawn(three, seen, 2 * columns)
+    measured["sizes"] = []
+    for size in SIZES:
+        shrink = (DIGIT_SIZE / (size + 0.5), 0.0)  # `compose` rounds down
+        scenes = compose(digits, classes, n, np.random.default_rng(size), air.image_size, shrink=shrink)
+        seen, _ = look(air, scenes.x)
+        measured["sizes"].append({"size_px": size} | counted(seen, scenes))
+        if size in (SIZES[0], SIZES[-1]):
+            pictures[f"digits of {size} pixels"] = drawn(scenes, seen, columns)
+    return measured, pictures
+
+
+def counted(seen: Inference, scenes: Scenes) -> dict:
+    accuracy = mean(seen.counts == scenes.counts)
+    steps = seen.count_probs.shape[1]
+    return {
+        "images": len(scenes.x),
+        "count_accuracy": accuracy,
+        "count_accuracy_interval": interval(accuracy, len(scenes.x)),
+        "inferred_counts": np.bincount(seen.counts, minlength=steps).tolist(),
+    }
+
+
+def drawn(scenes: Scenes, seen: Inference, n: int) -> np.ndarray:
+    some = np.flatnonzero(scenes.counts)[:n]
+    boxes = [seen.boxes[i, : seen.counts[i]] for i in some]
+    captions = [f"{scenes.counts[i]} > {seen.counts[i]}" for i in some]
+    return viz.draw_scenes(scenes.x[some], boxes, captions)
+
+
+@torch.no_grad()
+def disentangling(air: AIR, seen: Inference, codes: np.ndarray, pairs: Pairs, scenes: Scenes) -> tuple[dict, dict]:
+    """Codes on the way from one digit to another, painted; one object of a scene moved and made larger."""
+    device, columns = next(air.parameters()).device, 10
+    found = scenes.labels[pairs.scene, pairs.digit]
+    firsts = [np.flatnonzero(found == digit)[:1] for digit in range(10)]
+    couples = [(i[0], j[0]) for i, j in zip(firsts, firsts[1:]) if len(i) and len(j)][::2]
+    measured, pictures = {"interpolated_objects": [], "moved_object": None}, {}
+    if couples:
+        ends = np.array([[codes[pairs.scene[i], pairs.step[i]] for i in couple] for couple in couples])
+        share = np.linspace(0, 1, columns)[:, None]
+        between = torch.from_numpy(((1 - share) * ends[:, :1] + share * ends[:, 1:]).astype(np.float32))
+        objects = air.decode(between.flatten(0, 1).to(device)).cpu().numpy()
+        pictures["interpolated z_what"] = viz.draw_scenes(
+            objects, columns=columns, labels=[f"{found[i]} to {found[j]}" for i, j in couples]
+        )
+        measured["interpolated_objects"] = [
+            [{"scene": int(pairs.scene[i]), "step": int(pairs.step[i]), "digit": int(found[i])} for i in couple]
+            for couple in couples
+        ]
+    right = np.flatnonzero((seen.counts == 2) & (scenes.counts == 2))
+    if len(right):
+        scene = right[0]
+        paths = {  # of z_where = [s, x, y]: 1/s and -x/s, -y/s are what is meant, see modules.py
+            "to the right": lambda at, s, x, y: (s, -s * (1.2 * at - 0.6), y),
+            "down": lambda at, s, x, y: (s, x, -s * (1.2 * at - 0.6)),
+            "larger": lambda at, s, x, y: ((bigger := 5 - 3 * at), x / s * bigger, y / s * bigger),
+        }
+        poses = np.tile(seen.z_where[scene], (len(paths) * columns, 1, 1))
+        for row, path in enumerate(paths.values()):
+            for column, at in enumerate(np.linspace(0, 1, columns)):
+                poses[row * columns + column, 0] = path(at, *seen.z_where[scene, 0])
+        z_where = torch.from_numpy(poses.astype(np.float32)).to(device).transpose(0, 1)
+        z_what = torch.from_numpy(np.tile(seen.z_what[scene], (len(poses), 1, 1))).to(device).transpose(0, 1)
+        canvases = air.paint(z_where, z_what)[1][2].cpu().numpy()
+        boxes = pose_to_box(z_where[0], air.image_size)[:, None].cpu().numpy()
+        pictures["moved z_where"] = viz.draw_scenes(canvases.clip(0, 1), boxes, columns=columns, labels=list(paths))
+        measured["moved_object"] = {"scene": int(scene), "step": 0}
+    return measured, pictures
+
+
+def mean(numbers: np.ndarray) -> float | None:
+    return float(np.mean(numbers)) if len(numbers) else None
+
+
+# ------------------------------------------------------------------------------------------ the page
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+  body {{ font: 15px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }}
+  table {{ border-collapse: collapse; margin: 1em 0 }} td, th {{ padding: .2em .8em; text-align: right }}
+  th {{ border-bottom: 1px solid }} td:first-child, th:first-child {{ text-align: left }} img {{ max-width: 100% }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+def page(title: str, measured: dict, pictures: dict) -> str:
+    """The report as one HTML file, pictures included."""
+    counts, where, probes, other = (
+        measured[name] for name in ("counting", "localisation", "representation", "generalisation")
+    )
+    steps = len(counts["confusion"][0])
+    body = [
+        "<h2>Counting</h2>",
+        f"<p>{counts['images']:,} test scenes, made of digits that it has not seen in training.</p>",
+        table(
+            ["", "", "95% interval"],
+            ["right count, one sample of the guide", share(counts, "count_accuracy"), span(counts, "count_accuracy")],
+            [
+                "right count, most probable one",
+                share(counts, "count_accuracy_mode"),
+                span(counts, "count_accuracy_mode"),
+            ],
+            ["ELBO, nats per image", f"{counts['elbo']:.1f}", ""],
+            ["importance-weighted bound, 100 samples", f"{counts['importance_bound_100']:.1f}", ""],
+            ["images that used the last step", share(counts, "last_step_rate"), ""],
+        ),
+        "<p>A plain PyTorch AIR, addtt/attend-infer-repeat-pytorch, reports {elbo} and {bound} nats (with "
+        "another prior on the number of objects).</p>".format(**PEERS),
+        table(
+            ["true count", *(f"inferred {n}" for n in range(steps))],
+            *([true, *(f"{n:,}" for n in row)] for true, row in enumerate(counts["confusion"])),
+        ),
+        "<h2>Where</h2><p>Each inferred object is matched with a true one of its scene. The true box is the tightest "
+        "one around a digit's ink. A window is square, and larger; the box called ink is the tightest one around what "
+        "is painted in the window.</p>",
+        table(
+            ["", "scenes", "digits", "found", "pairs", "IoU, window", "IoU, ink", "centres apart, window", "ink"],
+            *(
+                [
+                    name.replace("_", " "),
+                    *(f"{part[key]:,}" for key in ("scenes", "true_objects", "inferred_objects", "pairs")),
+                    *(number(part[f"{kind}_mean_iou"]) for kind in ("window", "ink")),
+                    *(number(part[f"{kind}_mean_centre_distance_px"], " px") for kind in ("window", "ink")),
+                ]
+                for name, part in where.items()
+            ),
+        ),
+        f"<h2>What the codes know</h2><p>Right answers of probes trained on {PROBED[0]:,} scenes with two digits each, "
+        f"and tested on {PROBED[1]:,} of other digits: the class of an object from its code, or from the pixels in its "
+        "window; the sum of the two, and whether the left one is the lesser (ascending), from all codes and poses "
+        "found, or from the whole scene's pixels.</p>",
+        table(
+            [
+                "",
+                "trained on",
+                "commonest answer",
+                *(f"{k}, {on}" for on in ("codes", "pixels") for k in ("linear", "MLP")),
+            ],
+            *(
+                [
+                    task.replace("_", " "),
+                    f"{probe['trained_on']:,}",
+                    share(probe, "commonest_answer"),
+                    *(share(probe, f"{k}_probe_on_{on}") for on in ("codes", "pixels") for k in ("linear", "mlp")),
+                ]
+                for task, probe in probes.items()
+                if probe
+            ),
+        ),
+        "<h2>Scenes of another kind</h2>",
+        table(
+            ["", "scenes", "right count", "95% interval", *(f"inferred {n}" for n in range(steps))],
+            *(
+                [
+                    name,
+                    f"{part['images']:,}",
+                    share(part, "count_accuracy"),
+                    span(part, "count_accuracy"),
+                    *(f"{n:,}" for n in part["inferred_counts"]),
+                ]
+                for name, part in [("three digits", other["three_digits"])]
+                + [(f"none to two digits, {part['size_px']} px wide", part) for part in other["sizes"]]
+            ),
+        ),
+    ]
+    for name, picture in pictures.items():
+        stream = io.BytesIO()
+        Image.fromarray(picture).save(stream, format="png")
+        source = base64.b64encode(stream.getvalue()).decode()
+        body.append(
+            f'<h3>{html.escape(name.capitalize())}</h3>\n<img src="data:image/png;base64,{source}" alt="{name}">'
+        )
+    return PAGE.format(title=html.escape(title), body="\n".join(body))
+
+
+def table(header: list, *rows: list) -> str:
+    cells = [
+        [f"<{tag}>{cell}</{tag}>" for cell in row] for tag, row in [("th", header), *(("td", row) for row in rows)]
+    ]
+    return "<table>" + "\n".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>"
+
+
+def share(part: dict, name: str) -> str:
+    return f"{part[name]:.2%}"
+
+
+def span(part: dict, name: str) -> str:
+    low, high = part[f"{name}_interval"]
+    return f"{low:.2%} to {high:.2%}"
+
+
+def number(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.2f}{unit}"
