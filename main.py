@@ -72,6 +72,7 @@ FIXED = (
     "baseline_learning_rate",
     "seed",
     "model_steps",
+    "likelihood_sd",
     "estimator",
     "baseline",
     "plain",
@@ -138,8 +139,10 @@ def train(args, checkpoint: dict | None) -> None:
     if checkpoint:
         air = AIR.from_checkpoint(checkpoint, args.load)
     else:
-        paper = {"refine": False, "exploration": 0.0} if args.plain else {}
-        air = AIR(args.model_steps, image_size=train_scenes.x.shape[1], baseline=args.baseline, **paper)
+        options = {"likelihood_sd": args.likelihood_sd, "baseline": args.baseline}
+        if args.plain:
+            options |= {"refine": False, "exploration": 0.0}
+        air = AIR(args.model_steps, image_size=train_scenes.x.shape[1], **options)
     air.to(ranks.device)
     ranks.share(air.state_dict().values())
 
@@ -743,6 +746,13 @@ def make_parser(**options) -> argparse.ArgumentParser:
         help="the paper's guide: no second look, no exploration; a fixed prior on the count",
     )
     add("-t", "--model-steps", type=positive(int, 50), default=3, help="most objects in an image, T")
+    add(
+        "--likelihood-sd",
+        type=positive(float, 10**6),
+        default=0.3,
+        metavar="SD",
+        help="of the noise on a pixel; the larger, the less is a better picture worth against another object",
+    )
     add("--seed", type=seed, default=0, help="of training; the scenes are the same for everyone")
     add("--cuda", action="store_true", help="train on the GPU")
     add("--eval-every", type=positive(int), default=500, metavar="STEPS", help="evaluate on validation scenes")

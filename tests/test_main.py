@@ -90,10 +90,10 @@ def test_the_other_estimators(flags, run, run_main, tmp_path):
 
 
 def test_plain_is_the_papers_guide_and_a_fixed_prior(run_main, tmp_path):
-    finished = run_main(*SHORT, "--plain", "--out", tmp_path / "run")
+    finished = run_main(*SHORT, "--plain", "--likelihood-sd", 0.7, "--out", tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
     air = AIR.load(tmp_path / "run" / "checkpoint.pt")
-    assert air.refine is None and air.exploration == 0
+    assert air.refine is None and air.exploration == 0 and air.likelihood_sd == 0.7
     assert air.p_more.cumprod(0)[2] == pytest.approx(1e-6 / (1 + 1e-2 + 1e-4 + 1e-6))
 
 
@@ -208,6 +208,7 @@ BAD = [
     ("--baseline mean", "invalid choice: 'mean'"),
     ("--plain yes", "unrecognized arguments: yes"),
     ("-t 0", GREATER),
+    ("--likelihood-sd 0", GREATER),
     ("-t 2.5", GREATER),
     ("-t 51", "at most 50"),
     ("--seed -1", "invalid seed value: '-1'"),
@@ -283,6 +284,7 @@ def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scen
     assert "--seed 1 contradicts" in error("--seed", 1)
     assert "--estimator traceenum contradicts" in error("--estimator", "traceenum", "--baseline", "none")
     assert "--baseline average contradicts" in error("--baseline", "average")
+    assert "--likelihood-sd 0.5 contradicts" in error("--likelihood-sd", 0.5)
     assert "already at step 6" in error("-n", 5)
     assert "has no use" in error("--eval-only", "--out", tmp_path / "out")
     AIR().save(tmp_path / "only_parameters.pt")
