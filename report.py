@@ -206,7 +206,7 @@ def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> tuple[d
     three = compose(digits, classes, n, np.random.default_rng(3), air.image_size, 3, min_digits=3)
     seen, _ = look(air, three.x)
     measured["three_digits"] = counted(seen, three)
-    pictures["three digits"] = drawn(three, seen, 2 * columns)
+    pictures["three digits: true count > inferred"] = drawn(three, seen, 2 * columns)
     measured["sizes"] = []
     for size in SIZES:
         shrink = (DIGIT_SIZE / (size + 0.5), 0.0)  # `compose` rounds down
@@ -214,7 +214,7 @@ def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> tuple[d
         seen, _ = look(air, scenes.x)
         measured["sizes"].append({"size_px": size} | counted(seen, scenes))
         if size in (SIZES[0], SIZES[-1]):
-            pictures[f"digits of {size} pixels"] = drawn(scenes, seen, columns)
+            pictures[f"digits of {size} pixels: true count > inferred"] = drawn(scenes, seen, columns)
     return measured, pictures
 
 
@@ -327,7 +327,17 @@ def page(title: str, measured: dict, pictures: dict) -> str:
         "one around a digit's ink. A window is square, and larger; the box called ink is the tightest one around what "
         "is painted in the window.</p>",
         table(
-            ["", "scenes", "digits", "found", "pairs", "IoU, window", "IoU, ink", "centres apart, window", "ink"],
+            [
+                "",
+                "scenes",
+                "digits",
+                "found",
+                "pairs",
+                "IoU, window",
+                "IoU, ink",
+                "centres apart, window",
+                "centres apart, ink",
+            ],
             *(
                 [
                     name.replace("_", " "),
@@ -380,9 +390,8 @@ def page(title: str, measured: dict, pictures: dict) -> str:
         stream = io.BytesIO()
         Image.fromarray(picture).save(stream, format="png")
         source = base64.b64encode(stream.getvalue()).decode()
-        body.append(
-            f'<h3>{html.escape(name.capitalize())}</h3>\n<img src="data:image/png;base64,{source}" alt="{name}">'
-        )
+        name = html.escape(name[0].upper() + name[1:])
+        body.append(f'<h3>{name}</h3>\n<img src="data:image/png;base64,{source}" alt="{name}">')
     return PAGE.format(title=html.escape(title), body="\n".join(body))
 
 
