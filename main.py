@@ -131,6 +131,8 @@ def train(args, checkpoint: dict | None) -> None:
             train_scenes, validation_scenes, test_scenes = load_scenes(args, checkpoint)
         ranks.wait()
     dashboard = connect(args) if ranks.first else None
+    if len(train_scenes.x) < ranks.number:
+        raise UsageError(f"{len(train_scenes.x)} images are too few for torchrun's {ranks.number} processes")
     # This process's share; uint8: a mini-batch becomes floats when it is drawn.
     train_x = torch.from_numpy(train_scenes.x)[ranks.rank :: ranks.number]
 
@@ -177,8 +179,8 @@ def train(args, checkpoint: dict | None) -> None:
             x = to_images(train_x[batch], ranks.device)
             try:
                 loss = svi.step(x)
-            except NumericalFault as fault:
-                run.put_up_with(fault, None if fault.elsewhere else blame(air, x, fault))
+            except (NumericalFault, RuntimeError) as fault:
+                run.put_up_with(fault, None if isinstance(fault, FaultElsewhere) else blame(air, x, fault))
                 adam.zero_grad()
                 continue  # Nothing was changed but the random numbers.
             run.step += 1
@@ -245,8 +247,8 @@ def make_svi(air: AIR, estimator: str, ranks: Ranks | None = None) -> tuple[SVI,
     estimator: "tracegraph" samples `z_pres` and reduces the variance of its gradient; "traceenum" sums
         over its values, all T + 1 counts, and has no such variance. The rest is sampled by both.
 
-    A step raises NumericalFault, and changes nothing, if in one of the processes the loss or the
-    gradient cannot be had, is not finite, or the gradient is absurdly long.
+    A step raises NumericalFault (or PyTorch's RuntimeError), and changes nothing, if in one of the
+    processes the loss or the gradient is not finite or cannot be had, or the gradient is absurdly long.
     """
     ranks = ranks or Ranks(cuda=False)
     baseline = [p for name, p in air.named_parameters() if name.startswith("baseline.")]
@@ -267,10 +269,10 @@ def make_svi(air: AIR, estimator: str, ranks: Ranks | None = None) -> tuple[SVI,
                 fault = NumericalFault(f"the loss is {loss}")
             elif not length < LONGEST_GRADIENT:
                 fault = NumericalFault(f"the gradient's norm is {length:.1e}")
-        except RuntimeError as error:
-            fault = NumericalFault(str(error))
+        except RuntimeError as error:  # PyTorch's way to refuse numbers that are not finite, among others
+            fault = error
         if ranks.any(fault):
-            raise fault or NumericalFault(elsewhere=True)
+            raise fault or FaultElsewhere
         return ranks.add_up(loss, list(air.parameters()))
 
     return SVI(air.model, guide, OneOptimizer(adam), elbo.loss, loss_and_grads), adam
@@ -339,11 +341,11 @@ def write_report(args, checkpoint: dict) -> None:
 
 
 class NumericalFault(ArithmeticError):
-    """A loss or gradient that must not be used for a step; `elsewhere`: another process's."""
+    """A loss or gradient that must not be used for a step."""
 
-    def __init__(self, message: str = "", elsewhere: bool = False):
-        super().__init__(message)
-        self.elsewhere = elsewhere
+
+class FaultElsewhere(NumericalFault):
+    """Another process's, which tells of it."""
 
 
 class FirstFault(Messenger):
@@ -396,10 +398,14 @@ def stop_signals():
 
     for number in handlers:
         signal.signal(number, note)
+    restore = True
     try:
         yield noted
+    except ProcessLost:
+        restore = False  # torchrun is about to send SIGTERM; there is something to be told first
+        raise
     finally:
-        for number, handler in handlers.items():
+        for number, handler in handlers.items() if restore else ():
             signal.signal(number, handler)
 
 
@@ -522,8 +528,9 @@ class Run:
                     raise ValueError("the optimizer's state is not finite")
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             for name, average in checkpoint["averages"].items():
-                share = average.chunk(processes)[rank] if processes > 1 else average
-                pyro.param(name, share.to(self.air.p_more.device))
+                share = average.view(processes, -1)[rank].clone()
+                # (Of a single image, Pyro wants a number, not a vector of one.)
+                pyro.param(name, (share if len(share) > 1 else share[0]).to(self.air.p_more.device))
             states = checkpoint["rng"].view(-1, len(torch.get_rng_state()))
             if len(states) != processes:
                 self.own_stream()
@@ -812,6 +819,7 @@ def adopt_flags(parser: argparse.ArgumentParser, argv: list[str] | None, checkpo
     """Parse again with the run's own flags as defaults; those that make the run what it is cannot change."""
     missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng", "averages"} - checkpoint.keys()
     flags = checkpoint["flags"] if isinstance(checkpoint.get("flags"), dict) else {}
+    flags = {"likelihood_sd": 0.3} | flags  # what runs had before there was the flag
     missing |= {f"--{name.replace('_', '-')}" for name in (*KEPT, *FIXED) if name not in flags}
     if missing:
         raise CheckpointError(f"the checkpoint is not of a run of this script: it has no {', '.join(sorted(missing))}")
@@ -879,6 +887,8 @@ def check_flags(args) -> None:
     for name in ("redraw", "report"):
         if getattr(args, name) and args.out:
             raise UsageError(f"--out has no use with --{name}, which writes to the run's own folder")
+        if getattr(args, name) and in_run_folder(args.load) and not os.access(args.load.parent, os.W_OK):
+            raise UsageError(f"--{name}: {args.load.parent} cannot be written to")
     if args.report and args.data:
         raise UsageError("--report needs to know what is where: it is for runs on multi-MNIST, without --data")
     if args.overwrite and (args.load or not args.out):

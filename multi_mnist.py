@@ -335,8 +335,8 @@ def load_file(path, canvas_size: int | None = None) -> Scenes:
         raise DataError(f"{path} is not a readable .npz file of plain arrays: {one_line(error)}") from None
     if x is None:
         raise DataError(f"{path} has no array 'x', only {', '.join(map(repr, names[:5])) or 'nothing'}")
-    if x.ndim != 3 or not len(x) or x.shape[1] != x.shape[2]:
-        raise DataError(f"images in {path} have shape {list(x.shape)}, expected [n, h, h] with n > 0")
+    if x.ndim != 3 or not x.size or x.shape[1] != x.shape[2]:
+        raise DataError(f"images in {path} have shape {list(x.shape)}, expected [n, h, h] with n, h > 0")
     if canvas_size is not None and x.shape[1] != canvas_size:
         raise DataError(f"images in {path} are {x.shape[1]} pixels wide, the model's canvas is {canvas_size}")
     if x.dtype != np.uint8:

@@ -20,18 +20,6 @@ class ProcessLost(Exception):
     """Another process of the job no longer answers."""
 
 
-def guarded(method):
-    """Tells the errors of torch.distributed from those of the computation, which are RuntimeErrors as well."""
-
-    def call(self, *args):
-        try:
-            return method(self, *args)
-        except RuntimeError as error:
-            raise ProcessLost(f"another process of the job is lost: {str(error).splitlines()[0]}") from None
-
-    return call
-
-
 class Ranks:
     """The processes that train together, and which of them this one is; without torchrun it is alone.
 
@@ -45,9 +33,8 @@ class Ranks:
         self.device = torch.device(f"cuda:{self.local_rank}" if cuda else "cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        if self.number > 1:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
-            self.wait()
+        self.call(dist.init_process_group, "nccl" if cuda else "gloo", None, PATIENCE)
+        self.wait()
 
     @staticmethod
     def planned() -> tuple[int, int, int]:
@@ -56,50 +43,54 @@ class Ranks:
             return 1, 0, 0
         return tuple(int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
 
-    @guarded
+    def call(self, collective, *args) -> None:
+        """One of torch.distributed's functions, which all processes have to call; alone, nothing.
+
+        Tells its errors from those of the computation, which are RuntimeErrors as well.
+        """
+        if self.number == 1:
+            return
+        try:
+            collective(*args)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].split(". This is typically")[0]
+            raise ProcessLost(f"another process of the job is lost ({reason})") from None
+
     def wait(self) -> None:
         """For all others to come here as well."""
-        if self.number > 1:
-            dist.barrier()
+        self.call(dist.barrier)
 
-    @guarded
     def any(self, flag) -> bool:
         """Whether it is so in one of the processes."""
         if self.number == 1:
             return bool(flag)
         flag = torch.tensor(float(bool(flag)), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        self.call(dist.all_reduce, flag, dist.ReduceOp.MAX)
         return bool(flag)
 
-    @guarded
     def add_up(self, loss: float, parameters: list[torch.Tensor]) -> float:
         """Replace the parameters' gradients by their sums over the processes; the sum of the losses."""
         if self.number == 1:
             return loss
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         total = torch.cat([*(gradient.flatten() for gradient in gradients), gradients[0].new_tensor([loss])])
-        dist.all_reduce(total)
+        self.call(dist.all_reduce, total)
         *sums, loss = total.split([gradient.numel() for gradient in gradients] + [1])
         for gradient, its_sum in zip(gradients, sums):
             gradient.copy_(its_sum.view_as(gradient))
         return float(loss)
 
-    @guarded
     def share(self, tensors) -> None:
         """Give all processes the first one's values."""
-        if self.number > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, 0)
+        for tensor in tensors:
+            self.call(dist.broadcast, tensor, 0)
 
-    @guarded
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of all processes, one after the other: `[n, ..]` to `[number * n, ..]`, on the CPU."""
-        parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.number)]
-        if self.number > 1:
-            dist.all_gather(parts, tensor.to(self.device))
-            tensor = torch.cat(parts)
-        return tensor.cpu()
+        """The numbers in the tensors of all processes, one process after the other, on the CPU."""
+        mine = tensor.flatten().to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.number - 1)] + [mine]
+        self.call(dist.all_gather, parts, mine)
+        return torch.cat(parts).cpu()
 
     def close(self) -> None:
-        if self.number > 1:
-            dist.destroy_process_group()
+        self.call(dist.destroy_process_group)

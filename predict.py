@@ -79,6 +79,8 @@ def to_grey(image: Image.Image, ground: int) -> np.ndarray:
     """Any image as uint8 `[h, w]`."""
     if image.mode.startswith("I"):  # 16 bits, in all such files that we know of
         return (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
+    if image.mode == "F":
+        raise DataError("its pixels are floats, of which nobody knows what is white")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (ground, ground, ground, 255)), image)

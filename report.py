@@ -27,6 +27,7 @@ from multi_mnist import DIGIT_SIZE, Scenes, compose
 INK = 0.2  # the least brightness of a painted pixel that counts as ink
 SIZES = (12, 16, 19, 21, 24, 28, 32)  # pixels; an ordinary digit is drawn 18 to 26 pixels wide
 PROBED = (5000, 2000)  # scenes that a probe is trained and tested on
+ITERATIONS = {"linear": 100, "mlp": 30}  # that a probe is given
 UNUSUAL = 1000  # scenes of each unusual kind
 PEERS = {"elbo": 627.4, "bound": 636.8}  # of addtt/attend-infer-repeat-pytorch, by its README
 
@@ -104,7 +105,11 @@ def match(boxes: np.ndarray, counts: np.ndarray, true_boxes: np.ndarray, true_co
 
 
 def localisation(seen: Inference, pairs: Pairs, scenes: Scenes) -> dict:
-    """Windows, and the tightest boxes around what is painted in them, against the true ink's boxes."""
+    """Windows, and the tightest boxes around what is painted in them, against the true ink's boxes.
+
+    Means are over pairs, of which there are as many as can be, however far apart: digits without a
+    partner, and objects without one, have no part in them. `pairs_of_iou_50` are those with an IoU of 0.5 or more.
+    """
     windows = seen.boxes[pairs.scene, pairs.step]
     true = scenes.boxes[pairs.scene, pairs.digit].astype(float)
     painted = painted_boxes(seen.y_att[pairs.scene, pairs.step], windows)
@@ -121,6 +126,7 @@ def localisation(seen: Inference, pairs: Pairs, scenes: Scenes) -> dict:
             distance = np.linalg.norm((boxes - true[which])[:, :2] + (boxes - true[which])[:, 2:] / 2, axis=-1)
             result[f"{name}_mean_iou"] = mean(overlap(boxes, true[which]))
             result[f"{name}_mean_centre_distance_px"] = mean(distance)
+            result[f"{name}_pairs_of_iou_50"] = int((overlap(boxes, true[which]) >= 0.5).sum())
         return result
 
     return {
@@ -175,7 +181,7 @@ def features(air: AIR, scenes: Scenes) -> dict:
     seen, codes = look(air, scenes.x)
     pairs = match(seen.boxes, seen.counts, scenes.boxes, scenes.counts)
     at = pairs.scene, pairs.step
-    objects = {"codes": codes[at], "pixels": seen.x_att[at].reshape(len(pairs.scene), -1)}
+    objects = {"codes": codes[at], "pixels": seen.x_att[at].reshape(len(pairs.scene), air.window_size**2)}
 
     n, steps, _ = codes.shape
     used = np.arange(steps) < seen.counts[:, None]
@@ -195,8 +201,8 @@ def features(air: AIR, scenes: Scenes) -> dict:
 
 def probes() -> dict:
     return {
-        "linear": LogisticRegression(max_iter=100),
-        "mlp": MLPClassifier(256, alpha=0.1, max_iter=30, random_state=0),
+        "linear": LogisticRegression(max_iter=ITERATIONS["linear"]),
+        "mlp": MLPClassifier(256, alpha=0.1, max_iter=ITERATIONS["mlp"], random_state=0),
     }
 
 
@@ -323,9 +329,11 @@ def page(title: str, measured: dict, pictures: dict) -> str:
             ["true count", *(f"inferred {n}" for n in range(steps))],
             *([true, *(f"{n:,}" for n in row)] for true, row in enumerate(counts["confusion"])),
         ),
-        "<h2>Where</h2><p>Each inferred object is matched with a true one of its scene. The true box is the tightest "
-        "one around a digit's ink. A window is square, and larger; the box called ink is the tightest one around what "
-        "is painted in the window.</p>",
+        "<h2>Where</h2><p>The inferred objects of a scene are matched with its true ones, as many as can be, those "
+        "that overlap most; the means are over these pairs, and leave out digits that were missed and objects too "
+        "many. The true box is the tightest one around a digit's ink. A window is a square around it; the box called "
+        f"ink is the tightest one around the pixels brighter than {INK} of what is painted in the window (if there "
+        "are none, the window).</p>",
         table(
             [
                 "",
@@ -333,6 +341,7 @@ def page(title: str, measured: dict, pictures: dict) -> str:
                 "digits",
                 "found",
                 "pairs",
+                "ink's IoU 0.5 or more",
                 "IoU, window",
                 "IoU, ink",
                 "centres apart, window",
@@ -341,21 +350,24 @@ def page(title: str, measured: dict, pictures: dict) -> str:
             *(
                 [
                     name.replace("_", " "),
-                    *(f"{part[key]:,}" for key in ("scenes", "true_objects", "inferred_objects", "pairs")),
+                    *(f"{part[key]:,}" for key in keys),
                     *(number(part[f"{kind}_mean_iou"]) for kind in ("window", "ink")),
                     *(number(part[f"{kind}_mean_centre_distance_px"], " px") for kind in ("window", "ink")),
                 ]
+                for keys in [("scenes", "true_objects", "inferred_objects", "pairs", "ink_pairs_of_iou_50")]
                 for name, part in where.items()
             ),
         ),
         f"<h2>What the codes know</h2><p>Right answers of probes trained on {PROBED[0]:,} scenes with two digits each, "
         f"and tested on {PROBED[1]:,} of other digits: the class of an object from its code, or from the pixels in its "
-        "window; the sum of the two, and whether the left one is the lesser (ascending), from all codes and poses "
-        "found, or from the whole scene's pixels.</p>",
+        "window (of digits that were found only); the sum of the two, and whether the left one is the lesser "
+        "(ascending), from all codes and poses found, or from the whole scene's pixels. Linear probes are given "
+        f"{ITERATIONS['linear']} iterations, those with a hidden layer (MLP) {ITERATIONS['mlp']}.</p>",
         table(
             [
                 "",
                 "trained on",
+                "tested on",
                 "commonest answer",
                 *(f"{k}, {on}" for on in ("codes", "pixels") for k in ("linear", "MLP")),
             ],
@@ -363,6 +375,7 @@ def page(title: str, measured: dict, pictures: dict) -> str:
                 [
                     task.replace("_", " "),
                     f"{probe['trained_on']:,}",
+                    f"{probe['tested_on']:,}",
                     share(probe, "commonest_answer"),
                     *(share(probe, f"{k}_probe_on_{on}") for on in ("codes", "pixels") for k in ("linear", "mlp")),
                 ]

@@ -19,6 +19,7 @@ import main
 import multi_mnist
 from air import AIR, CheckpointError, read_checkpoint
 from multi_mnist import DataError
+from parallel import Ranks
 
 SIZES = {"num_steps": 2, "image_size": 12, "window_size": 9, "z_what_size": 2, "rnn_size": 3, "hidden_size": 3}
 FLAGS = dict.fromkeys(("batch_size", "num_steps"), 4) | {
@@ -66,7 +67,8 @@ def load_checkpoint(path):
     air = AIR.from_checkpoint(checkpoint, path)
     main.adopt_flags(main.make_parser(), ["--load", str(path)], checkpoint)
     _, adam = main.make_svi(air, "tracegraph")
-    run = SimpleNamespace(air=air, optimizer=adam, args=SimpleNamespace(cuda=False, load=path))
+    args = SimpleNamespace(cuda=False, load=path)
+    run = SimpleNamespace(air=air, optimizer=adam, args=args, ranks=Ranks(cuda=False), own_stream=lambda: None)
     with torch.random.fork_rng():
         main.Run.restore(run, checkpoint)
 
