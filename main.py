@@ -39,7 +39,7 @@ from tqdm import tqdm
 import viz
 from air import AIR, CheckpointError, StaticTraceGraph_ELBO, read_checkpoint
 from evaluation import evaluate, interval, own_random_numbers, to_images
-from multi_mnist import DataError, Scenes, load_digits, load_file, load_split
+from multi_mnist import DataError, Scenes, load_canvases, load_digits, load_split
 from parallel import ProcessLost, Ranks
 from predict import predict
 from report import page, report
@@ -226,9 +226,9 @@ def load_scenes(args, checkpoint: dict | None) -> tuple[Scenes, Scenes, Scenes]:
         if size not in (None, splits[0].x.shape[1]):
             raise UsageError(f"this AIR looks at images of {size} pixels, no multi-MNIST scenes are: give --data")
         return splits
-    scenes = load_file(args.data, size)
+    scenes = load_canvases(args.data, size)
     if args.test_data:
-        held_out = load_file(args.test_data, scenes.x.shape[1])
+        held_out = load_canvases(args.test_data, scenes.x.shape[1])
     else:
         n = len(scenes.x) // 10
         if n == 0:
@@ -302,7 +302,7 @@ class OneOptimizer(PyroOptim):
 def evaluate_only(args, checkpoint: dict, data: Path | None) -> dict:
     """What would be a line of metrics.jsonl: on the run's test scenes, or on all images in the file `data`."""
     air = AIR.from_checkpoint(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
-    scenes = load_file(data, air.image_size) if data else load_scenes(args, checkpoint)[2]
+    scenes = load_canvases(data, air.image_size) if data else load_scenes(args, checkpoint)[2]
     return metrics_line("data" if data else "test", checkpoint["step"], checkpoint["seconds"], evaluate(air, scenes))
 
 

@@ -317,8 +317,8 @@ def one_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def load_file(path, canvas_size: int | None = None) -> Scenes:
-    """A user's own `.npz`: `x`, uint8 or floats in [0, 1], `[n, h, h]`, and perhaps `counts` `[n]`.
+def load_file(path) -> Scenes:
+    """A user's own `.npz`: `x`, uint8 or floats in [0, 1], `[n, h, w]`, and perhaps `counts` `[n]`.
 
     Raises DataError, with one line that says what is wrong, unless the file holds just that.
     """
@@ -335,10 +335,8 @@ def load_file(path, canvas_size: int | None = None) -> Scenes:
         raise DataError(f"{path} is not a readable .npz file of plain arrays: {one_line(error)}") from None
     if x is None:
         raise DataError(f"{path} has no array 'x', only {', '.join(map(repr, names[:5])) or 'nothing'}")
-    if x.ndim != 3 or not x.size or x.shape[1] != x.shape[2]:
-        raise DataError(f"images in {path} have shape {list(x.shape)}, expected [n, h, h] with n, h > 0")
-    if canvas_size is not None and x.shape[1] != canvas_size:
-        raise DataError(f"images in {path} are {x.shape[1]} pixels wide, the model's canvas is {canvas_size}")
+    if x.ndim != 3 or not x.size:
+        raise DataError(f"images in {path} have shape {list(x.shape)}, expected [n, h, w], none of them 0")
     if x.dtype != np.uint8:
         if x.dtype.kind != "f":
             raise DataError(f"images in {path} are {x.dtype}, expected uint8 or floats in [0, 1]")
@@ -350,6 +348,22 @@ def load_file(path, canvas_size: int | None = None) -> Scenes:
             raise DataError(f"counts in {path} must be {len(x)} whole numbers from 0 to 1,000, one an image")
         counts = counts.astype(np.int64)
     return Scenes(x, counts)
+
+
+def load_canvases(path, canvas_size: int | None = None) -> Scenes:
+    """`load_file`'s images as the model takes them: `[n, h, h]`, with black added evenly where they are no squares.
+
+    Raises DataError, as `load_file` does, and if they are not of the size that is asked for.
+    """
+    scenes = load_file(path)
+    n, *sides = scenes.x.shape
+    size = max(sides)
+    if canvas_size not in (None, size):
+        raise DataError(f"images in {path} are {size} pixels wide or high, the model's canvas is {canvas_size}")
+    if n * size**2 > LARGEST_FILE:
+        raise DataError(f"images in {path} are too many to make squares of: {n:,} of {size:,} pixels a side")
+    margins = [((size - side) // 2, (size - side + 1) // 2) for side in sides]
+    return scenes._replace(x=np.pad(scenes.x, [(0, 0), *margins]))
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ def load_checkpoint(path):
         main.Run.restore(run, checkpoint)
 
 
-LOADERS = {"checkpoint": load_checkpoint, "npz": lambda path: multi_mnist.load_file(path, 12)}
+LOADERS = {"checkpoint": load_checkpoint, "npz": lambda path: multi_mnist.load_canvases(path, 12)}
 INTACT = {
     "checkpoint": saved(a_checkpoint()),
     "npz": an_npz(x=np.zeros((5, 12, 12), np.uint8), counts=np.arange(5)),

@@ -8,7 +8,7 @@ from conftest import ROOT
 from PIL import Image
 
 import multi_mnist
-from multi_mnist import DataError, compose, load_file, load_split, resize
+from multi_mnist import DataError, compose, load_canvases, load_file, load_split, resize
 
 
 @pytest.mark.parametrize("size", [16, 21, 28, 31])
@@ -197,15 +197,15 @@ def test_a_users_own_file(tmp_path):
     def error(**arrays):
         np.savez(path, **arrays)
         with pytest.raises(DataError) as caught:
-            load_file(path, canvas_size=50)
+            load_canvases(path, canvas_size=50)
         assert "\n" not in str(caught.value) and "own.npz" in str(caught.value)
         return str(caught.value)
 
     assert "no array 'x'" in error(y=x)
-    assert "shape [4, 50, 40]" in error(x=x[:, :, :40])
-    assert "40 pixels" in error(x=x[:, :40, :40])
-    assert "n, h > 0" in error(x=x[:0])
-    assert "n, h > 0" in error(x=x[:, :0, :0])
+    assert "shape [4, 50]" in error(x=x[0, :4])
+    assert "40 pixels" in error(x=x[:, :40, :30])
+    assert "shape [0, 50, 50]" in error(x=x[:0])
+    assert "shape [4, 0, 0]" in error(x=x[:, :0, :0])
     assert "int64" in error(x=(255 * x).astype(int))
     assert "outside [0, 1]" in error(x=255 * x)
     assert "NaN" in error(x=np.where(x > 0.99, np.nan, x))
@@ -220,9 +220,17 @@ def test_a_users_own_file(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_file(tmp_path / "none.npz")
     np.savez(path, x=(255 * x).astype(np.uint8), counts=np.array([0, 1, 2, 5]))
-    assert load_file(path, 50).x.dtype == np.uint8 and load_file(path).counts.tolist() == [0, 1, 2, 5]
+    assert load_canvases(path, 50).x.dtype == np.uint8 and load_file(path).counts.tolist() == [0, 1, 2, 5]
     np.savez(path, x=x)
-    assert load_file(path, 50).x.dtype == np.float32 and load_file(path).counts is None
+    assert load_canvases(path, 50).x.dtype == np.float32 and load_file(path).counts is None
+    # Not squares: black above and below.
+    np.savez(path, x=x[:, :37])
+    scenes = load_canvases(path)
+    assert np.array_equal(scenes.x[:, 6:43], load_file(path).x) and scenes.x.shape == (4, 50, 50)
+    assert not scenes.x[:, :6].any() and not scenes.x[:, 43:].any()
+    np.savez(path, x=np.zeros((1, 10**6, 1), np.uint8))
+    with pytest.raises(DataError, match="too many to make squares"):
+        load_canvases(path)
 
 
 @pytest.mark.mnist

@@ -101,6 +101,14 @@ def test_boxes_are_in_the_images_own_pixels(air, scenes, expected, tmp_path):
     check(predict(air, tmp_path / "large.npz"), expected, scale=4, atol=0.5)
 
 
+def test_an_archive_of_images_that_are_no_squares(air, scenes, tmp_path):
+    x = scenes.x[0, 5:45]
+    np.savez(tmp_path / "a.npz", x=x[None])
+    Image.fromarray(x).save(tmp_path / "b.png")
+    (archived,), (alone,) = (predict(air, tmp_path / name) for name in ("a.npz", "b.png"))
+    assert archived["count"] == alone["count"] and np.allclose(archived["boxes"], alone["boxes"])
+
+
 @pytest.mark.parametrize("height, width", [(90, 300), (300, 90), (25, 25), (50, 50), (10, 1000)])
 def test_where_a_rectangle_comes_to_lie(height, width):
     """What is white on the canvas, taken back, is what was white in the image, to a pixel of the coarser one."""
