@@ -22,6 +22,7 @@ import io
 import math
 import os
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.ops.provenance import ProvenanceTensor, get_provenance
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from modules import Decoder, Encoder, ImageLSTM, Predict, Refine, image_to_object, object_to_image, pose_to_box
@@ -61,11 +63,11 @@ class Step(NamedTuple):
 
 
 class Inference(NamedTuple):
-    """What AIR sees in `n` images, from one sample of the guide. A step t was used where `t < counts`."""
+    """What AIR sees in `n` images, by one run of the guide. A step t was used where `t < counts`."""
 
     counts: Tensor  # int64 [n], the number of objects
-    count_probs: Tensor  # [n, T + 1], q(number of objects) given the sampled poses and codes
-    elbo: Tensor  # [n], nats
+    count_probs: Tensor  # [n, T + 1], q(number of objects) given these poses and codes
+    elbo: Tensor  # [n], nats: log p(x, z) - log q(z | x), of which the ELBO is the mean over samples
     z_where: Tensor  # [n, T, 3], poses [s, x, y]; see modules.py for their units
     z_what: Tensor  # [n, T, z_what_size], codes
     boxes: Tensor  # [n, T, 4], the windows as (x, y, w, h) in pixels
@@ -284,9 +286,20 @@ class AIR(nn.Module):
         return guide.nodes["_RETURN"]["value"], log_probs[0] - log_probs[1]
 
     @torch.no_grad()
-    def infer(self, x: Tensor) -> Inference:
-        """What is in the images `x` (floats in [0, 1], `[n, h, h]`), by one sample of the guide."""
-        steps, log_weight = self.weigh(x)
+    def infer(self, x: Tensor, sample: bool = True) -> Inference:
+        """What is in the images `x`, `[n, h, h]`, floats in [0, 1] (or uint8), a tensor or an array.
+
+        sample: whether to sample the guide, as the literature does to report accuracy, or to take at each
+            choice what it holds most probable. Raises ValueError for what cannot be such images.
+        """
+        x = torch.as_tensor(x)
+        x = (x / 255 if x.dtype == torch.uint8 else x).to(self.p_more)  # its device and precision
+        if x.shape[1:] != (self.image_size, self.image_size) or not x.numel():
+            raise ValueError(f"images have shape {list(x.shape)}, expected [n, {self.image_size}, {self.image_size}]")
+        if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
+            raise ValueError("images have values outside [0, 1], or NaN")
+        with nullcontext() if sample else MostProbable():
+            steps, log_weight = self.weigh(x)
         z_where = torch.stack([step.z_where for step in steps])
         z_what = torch.stack([step.z_what for step in steps])
         z_pres = torch.stack([step.z_pres for step in steps])
@@ -331,7 +344,8 @@ class AIR(nn.Module):
 
     @classmethod
     def load(cls, path) -> "AIR":
-        """The AIR saved at `path`, on the CPU. Raises CheckpointError."""
+        """The AIR saved at `path`, a checkpoint or the folder of a run, on the CPU. Raises CheckpointError."""
+        path = Path(path, "checkpoint.pt") if os.path.isdir(path) else path
         return cls.from_checkpoint(read_checkpoint(path), path)
 
     @classmethod
@@ -400,6 +414,15 @@ def read_checkpoint(path) -> dict:
     if not isinstance(checkpoint, dict) or not {"air", "parameters"} <= checkpoint.keys():
         raise CheckpointError(f"{path} is not a checkpoint of AIR: it has no 'air' and 'parameters'")
     return checkpoint
+
+
+class MostProbable(Messenger):
+    """Within it, choices are not sampled: they are the mean of a Normal, the likelier value of a Bernoulli."""
+
+    def _pyro_sample(self, msg):
+        if msg["value"] is None and isinstance(msg["fn"], torch.distributions.Distribution):
+            mean = msg["fn"].mean
+            msg["value"] = (mean > 0.5).to(mean) if isinstance(msg["fn"], dist.Bernoulli) else mean
 
 
 class Labelled(ProvenanceTensor):

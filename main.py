@@ -48,7 +48,7 @@ TITLES = {
     "attention": "{split} scenes: where the guide looked, step by step, and how many objects it counted",
     "reconstruction": "{split} scenes, and what the model makes of them",
     "steps": "{split} scenes, step by step: what was seen (crop), what was painted (object), the canvas after it",
-    "mistakes": "{split} scenes (of the first {looked_at:,}) counted wrong: true count > inferred count",
+    "mistakes": "{split} scenes (of the first {looked_at:,}) counted wrong: true count → inferred count",
     "prior": "Scenes that the model imagines: before it learned anything, and now",
     "curves": "Validation scenes, as it learns",
     "confusion": "{split} scenes: counts",
@@ -237,7 +237,8 @@ def load_scenes(args, checkpoint: dict | None) -> tuple[Scenes, Scenes, Scenes]:
         scenes, held_out = (Scenes(*(array if array is None else array[part] for array in scenes)) for part in parts)
     for part in (scenes, held_out):
         if part.counts is not None and part.counts.max() > args.model_steps:
-            raise UsageError(f"--model-steps {args.model_steps}: there are images with {part.counts.max()} objects")
+            most = part.counts.max()
+            raise UsageError(f"--model-steps {args.model_steps}: there are images with {most} objects; give -t {most}")
     return scenes, held_out, held_out
 
 
@@ -642,7 +643,7 @@ def draw(air: AIR, split: str, scenes: Scenes, folder: Path, seed: int, look_at:
     }
     if scenes.counts is not None:
         wrong = np.flatnonzero(scenes.counts[: len(x)] != counts)[:30]
-        captions = [f"{scenes.counts[i]} > {counts[i]}" for i in wrong]
+        captions = [f"{scenes.counts[i]} → {counts[i]}" for i in wrong]
         pictures["mistakes"] = viz.draw_scenes(
             x[wrong], [boxes[i] for i in wrong], captions, columns, titles["mistakes"]
         )
@@ -720,11 +721,18 @@ class UsageError(Exception):
     """The flags ask for something that cannot be done."""
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults, of flags that have one."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
+
 def make_parser(**options) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Train Attend, Infer, Repeat on multi-MNIST.",
+        description="Train Attend, Infer, Repeat on multi-MNIST or on images of your own, and count what is in images.",
         usage="%(prog)s [options]   (-h lists them)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
         **options,
     )
@@ -744,9 +752,15 @@ def make_parser(**options) -> argparse.ArgumentParser:
         default=2e-3,
         help="largest learning rate of model and guide",
     )
-    add("-blr", "--baseline-learning-rate", type=positive(float, 10**6), default=2e-3, help="the same of the baseline")
+    add(
+        "-blr",
+        "--baseline-learning-rate",
+        type=positive(float, 10**6),
+        default=2e-3,
+        help="largest one of the baseline",
+    )
     add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
-    add("--baseline", choices=["rnn", "average", "none"], help="of tracegraph, against variance; if not given, rnn")
+    add("--baseline", choices=["rnn", "average", "none"], help="tracegraph's, against variance; if not given, rnn")
     add(
         "--plain",
         action="store_true",
@@ -758,9 +772,9 @@ def make_parser(**options) -> argparse.ArgumentParser:
         type=positive(float, 10**6),
         default=0.3,
         metavar="SD",
-        help="of the noise on a pixel; the larger, the less is a better picture worth against another object",
+        help="standard deviation of the noise on a pixel; the larger, the fewer objects are found",
     )
-    add("--seed", type=seed, default=0, help="of training; the scenes are the same for everyone")
+    add("--seed", type=seed, default=0, help="seed of training; the scenes are the same for everyone")
     add("--cuda", action="store_true", help="train on the GPU")
     add("--eval-every", type=positive(int), default=500, metavar="STEPS", help="evaluate on validation scenes")
     add("--viz-every", type=positive(int), default=500, metavar="STEPS", help="draw the pictures")
@@ -768,22 +782,27 @@ def make_parser(**options) -> argparse.ArgumentParser:
         "--visdom",
         choices=["auto", "on", "off"],
         default="auto",
-        help="show them on visdom; auto: if it answers",
+        help="show the pictures on visdom; auto: if a server answers",
     )
-    add("--visdom-server", default="http://localhost", metavar="URL", help="where it is")
-    add("--visdom-port", type=positive(int, 65_535), default=8097, metavar="PORT", help="and its port")
+    add("--visdom-server", default="http://localhost", metavar="URL", help="visdom's address")
+    add("--visdom-port", type=positive(int, 65_535), default=8097, metavar="PORT", help="visdom's port")
     add("--visdom-env", default="air", metavar="NAME", help="visdom's environment that the windows are in")
     add("--save-every", type=positive(int), default=500, metavar="STEPS", help="write the checkpoint")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where digits and scenes are kept")
     add("--mnist-root", type=Path, metavar="DIR", help="a copy of MNIST you have, in torchvision's layout")
-    add("--out", type=Path, metavar="DIR", help="the run's folder; if not given, runs/<date>-<time>-seed<seed>")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the run's folder, if not given runs/<date>-<time>-seed<seed>; with --predict, where pictures go",
+    )
     add("--overwrite", action="store_true", help="if --out is the folder of an earlier run, replace that run")
     add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: go on with it")
     add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes, print one JSON object")
     add("--redraw", action="store_true", help="with --load: draw the run's pictures again")
     add("--report", action="store_true", help="with --load: measure in detail how well it does, write report.html")
-    add("--data", type=Path, metavar="NPZ", help="train on your own images; with --eval-only, evaluate on them")
-    add("--test-data", type=Path, metavar="NPZ", help="with --data: held-out images; if not given, the last tenth")
+    add("--data", type=absolute, metavar="NPZ", help="train on your own images; with --eval-only, evaluate on them")
+    add("--test-data", type=absolute, metavar="NPZ", help="with --data: held-out images; if not given, the last tenth")
     add(
         "--predict",
         type=Path,
@@ -793,6 +812,11 @@ def make_parser(**options) -> argparse.ArgumentParser:
     add("--invert", action="store_true", help="with --predict: the images are dark on light")
     add("--json", type=Path, metavar="FILE", help="with --predict: where the results go; if not given, to stdout")
     return parser
+
+
+def absolute(text: str) -> Path:
+    """An argparse type: a path that a run can still be gone on with from another folder."""
+    return Path(text).absolute()
 
 
 def seed(text: str) -> int:
@@ -846,6 +870,11 @@ def adopt_flags(parser: argparse.ArgumentParser, argv: list[str] | None, checkpo
             )
     if args.num_steps < step:
         raise UsageError(f"--num-steps {args.num_steps}: the run is already at step {step}")
+    folder = args.load if args.load.is_dir() else args.load.parent
+    in_place = not args.out or args.out.resolve() == folder.resolve()
+    goes_on = not (args.eval_only or args.redraw or args.report or args.predict)
+    if goes_on and in_place and (args.data, args.test_data) != (own.data, own.test_data):
+        raise UsageError(f"{args.load} was trained on other images: name another folder to go on in with --out")
     return args
 
 
@@ -873,7 +902,7 @@ def check_flags(args) -> None:
     if args.predict and not args.predict.exists():
         raise UsageError(f"--predict: no such file or folder: {args.predict}")
     if args.json and os.path.lexists(args.json):
-        raise UsageError(f"--json {args.json} is there already")
+        raise UsageError(f"--json {args.json} is there already; name another file")
     if args.json and not args.json.absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: no such folder: {args.json.parent}")
     if args.data_dir.exists() and not args.data_dir.is_dir():

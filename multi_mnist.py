@@ -331,6 +331,8 @@ def load_file(path) -> Scenes:
                 raise ValueError("what is in it is not an array")
     except FileNotFoundError:
         raise DataError(f"no such file: {path}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder, expected an .npz file with the images in an array 'x'") from None
     except Exception as error:  # Whatever else goes wrong in reading, the file is at fault.
         raise DataError(f"{path} is not a readable .npz file of plain arrays: {one_line(error)}") from None
     if x is None:

@@ -1,9 +1,10 @@
 """Count and find the objects in images of your own: files in, counts and boxes out.
 
 The rule by which an image becomes one that AIR looks at: grey, light on dark (inverted if asked);
-scaled, its shape kept, so that its longer side is the canvas's; and centred on a dark ground. An
-image with an orientation in its EXIF data is turned upright first, one with transparent parts is put
-on black (or, if it is to be inverted, on white).
+scaled, its shape kept, so that its longer side is the canvas's; its ground, the median grey, made
+black, and what is darker as well, while white stays white; and centred on black. An image with an
+orientation in its EXIF data is turned upright first, one with transparent parts is put on black (or, if
+it is to be inverted, on white).
 """
 
 import itertools
@@ -11,12 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 import viz
 from air import AIR
-from evaluation import own_random_numbers
 from multi_mnist import DataError, load_file, one_line
 
 
@@ -26,40 +25,39 @@ def predict(air: AIR, path: Path, invert: bool = False, folder: Path | None = No
     Returns a dictionary for each image, of plain values: file; index (within an .npz); count, the
     guide's most probable one; count_probability, what the guide gives it; boxes, `[x, y, w, h]` each,
     in pixels of the image as it was (they may reach beyond its edges). For a file that cannot be read:
-    file and error. One sample of the guide for each image, always the same one.
+    file and error. Nothing is sampled: see `AIR.infer`.
 
     folder: where to put a picture of each image with its boxes, if anywhere.
     """
-    device, results = next(air.parameters()).device, []
+    results = []
     files = (
         sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".") if path.is_dir() else [path]
     )
     images = itertools.chain.from_iterable(read_images(file, invert) for file in files)
-    with own_random_numbers(device):
-        while batch := list(itertools.islice(images, batch_size)):
-            results += [result for result, _ in batch]
-            batch = [(result, image) for result, image in batch if image is not None]
-            if not batch:
-                continue
-            canvases, places = zip(*(fit(image, air.image_size) for _, image in batch))
-            seen = air.infer(torch.from_numpy(np.stack(canvases)).to(device))
-            probs, boxes = seen.count_probs.cpu().numpy(), seen.boxes.cpu().numpy()
-            for (result, image), (left, top, across, down), prob, box in zip(batch, places, probs, boxes):
-                count = int(prob.argmax())
-                # The windows of all steps are valid up to any count: the guide takes every step.
-                box = (box[:count] - [left, top, 0, 0]) / [across, down, across, down]
-                result |= {"count": count, "count_probability": float(prob[count]), "boxes": box.round(2).tolist()}
-                if folder:
-                    name = "-".join(str(result[key]) for key in ("file", "index") if key in result)
-                    picture = viz.draw_scene(image, box, f"{count} ({prob[count]:.1%})")
-                    Image.fromarray(picture).save(folder / f"{name}.png")
+    while batch := list(itertools.islice(images, batch_size)):
+        results += [result for result, _ in batch]
+        batch = [(result, image) for result, image in batch if image is not None]
+        if not batch:
+            continue
+        canvases, places = zip(*(fit(image, air.image_size) for _, image in batch))
+        seen = air.infer(np.stack(canvases), sample=False)
+        probs, boxes = seen.count_probs.cpu().numpy(), seen.boxes.cpu().numpy()
+        for (result, image), (left, top, across, down), prob, box in zip(batch, places, probs, boxes):
+            count = int(prob.argmax())
+            # The windows of all steps are valid up to any count: the guide takes every step.
+            box = (box[:count] - [left, top, 0, 0]) / [across, down, across, down]
+            result |= {"count": count, "count_probability": float(prob[count]), "boxes": box.round(2).tolist()}
+            if folder:
+                name = "-".join(str(result[key]) for key in ("file", "index") if key in result)
+                picture = viz.draw_scene(image, box, f"{count} ({prob[count]:.1%})")
+                Image.fromarray(picture).save(folder / f"{name}.png")
     return results
 
 
 def read_images(path: Path, invert: bool) -> Iterator[tuple[dict, np.ndarray | None]]:
     """What is known of each image in a file, and itself (`[h, w]`, uint8 or floats in [0, 1]) if it can be read."""
     try:
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             x = load_file(path).x
             if invert:
                 x = (255 if x.dtype == np.uint8 else 1) - x
@@ -94,5 +92,9 @@ def fit(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[float, float, f
     left, top = (size - w) // 2, (size - h) // 2
     canvas = np.zeros((size, size), np.float32)
     scaled = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
-    canvas[top : top + h, left : left + w] = scaled / 255 if image.dtype == np.uint8 else scaled.clip(0, 1)
+    scaled = scaled / 255 if image.dtype == np.uint8 else scaled.clip(0, 1)
+    ground = np.median(scaled)
+    if ground < 1:
+        scaled = ((scaled - ground) / (1 - ground)).clip(0, 1)
+    canvas[top : top + h, left : left + w] = scaled
     return canvas, (left, top, w / width, h / height)

@@ -212,7 +212,7 @@ def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> tuple[d
     three = compose(digits, classes, n, np.random.default_rng(3), air.image_size, 3, min_digits=3)
     seen, _ = look(air, three.x)
     measured["three_digits"] = counted(seen, three)
-    pictures["three digits: true count > inferred"] = drawn(three, seen, 2 * columns)
+    pictures["three digits: true count → inferred"] = drawn(three, seen, 2 * columns)
     measured["sizes"] = []
     for size in SIZES:
         shrink = (DIGIT_SIZE / (size + 0.5), 0.0)  # `compose` rounds down
@@ -220,7 +220,7 @@ def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> tuple[d
         seen, _ = look(air, scenes.x)
         measured["sizes"].append({"size_px": size} | counted(seen, scenes))
         if size in (SIZES[0], SIZES[-1]):
-            pictures[f"digits of {size} pixels: true count > inferred"] = drawn(scenes, seen, columns)
+            pictures[f"digits of {size} pixels: true count → inferred"] = drawn(scenes, seen, columns)
     return measured, pictures
 
 
@@ -238,7 +238,7 @@ def counted(seen: Inference, scenes: Scenes) -> dict:
 def drawn(scenes: Scenes, seen: Inference, n: int) -> np.ndarray:
     some = np.flatnonzero(scenes.counts)[:n]
     boxes = [seen.boxes[i, : seen.counts[i]] for i in some]
-    captions = [f"{scenes.counts[i]} > {seen.counts[i]}" for i in some]
+    captions = [f"{scenes.counts[i]} → {seen.counts[i]}" for i in some]
     return viz.draw_scenes(scenes.x[some], boxes, captions)
 
 
@@ -255,7 +255,7 @@ def disentangling(air: AIR, seen: Inference, codes: np.ndarray, pairs: Pairs, sc
         share = np.linspace(0, 1, columns)[:, None]
         between = torch.from_numpy(((1 - share) * ends[:, :1] + share * ends[:, 1:]).astype(np.float32))
         objects = air.decode(between.flatten(0, 1).to(device)).cpu().numpy()
-        pictures["interpolated z_what"] = viz.draw_scenes(
+        pictures["interpolated z_what: codes between those of two digits, painted"] = viz.draw_scenes(
             objects, columns=columns, labels=[f"{found[i]} to {found[j]}" for i, j in couples]
         )
         measured["interpolated_objects"] = [
@@ -278,7 +278,9 @@ def disentangling(air: AIR, seen: Inference, codes: np.ndarray, pairs: Pairs, sc
         z_what = torch.from_numpy(np.tile(seen.z_what[scene], (len(poses), 1, 1))).to(device).transpose(0, 1)
         canvases = air.paint(z_where, z_what)[1][2].cpu().numpy()
         boxes = pose_to_box(z_where[0], air.image_size)[:, None].cpu().numpy()
-        pictures["moved z_where"] = viz.draw_scenes(canvases.clip(0, 1), boxes, columns=columns, labels=list(paths))
+        pictures["moved z_where: one digit of a scene in other places and sizes, its code kept"] = viz.draw_scenes(
+            canvases.clip(0, 1), boxes, columns=columns, labels=list(paths)
+        )
         measured["moved_object"] = {"scene": int(scene), "step": 0}
     return measured, pictures
 
@@ -323,17 +325,17 @@ def page(title: str, measured: dict, pictures: dict) -> str:
             ["importance-weighted bound, 100 samples", f"{counts['importance_bound_100']:.1f}", ""],
             ["images that used the last step", share(counts, "last_step_rate"), ""],
         ),
-        "<p>A plain PyTorch AIR, addtt/attend-infer-repeat-pytorch, reports {elbo} and {bound} nats (with "
-        "another prior on the number of objects).</p>".format(**PEERS),
+        "<p>A plain PyTorch AIR, addtt/attend-infer-repeat-pytorch, reports an ELBO of {elbo} and a bound of {bound} "
+        "nats (with another prior on the number of objects).</p>".format(**PEERS),
         table(
             ["true count", *(f"inferred {n}" for n in range(steps))],
             *([true, *(f"{n:,}" for n in row)] for true, row in enumerate(counts["confusion"])),
         ),
         "<h2>Where</h2><p>The inferred objects of a scene are matched with its true ones, as many as can be, those "
-        "that overlap most; the means are over these pairs, and leave out digits that were missed and objects too "
-        "many. The true box is the tightest one around a digit's ink. A window is a square around it; the box called "
-        f"ink is the tightest one around the pixels brighter than {INK} of what is painted in the window (if there "
-        "are none, the window).</p>",
+        "that overlap most (IoU: the boxes' intersection over their union); the means are over these pairs, and leave "
+        "out missed digits and surplus objects. The true box is the tightest one around a digit's ink. A window is a "
+        f"square around it; the box called ink is the tightest one around the pixels brighter than {INK} of what is "
+        "painted in the window (if there are none, the window).</p>",
         table(
             [
                 "",
@@ -341,7 +343,7 @@ def page(title: str, measured: dict, pictures: dict) -> str:
                 "digits",
                 "found",
                 "pairs",
-                "ink's IoU 0.5 or more",
+                "pairs with ink's IoU at least 0.5",
                 "IoU, window",
                 "IoU, ink",
                 "centres apart, window",
@@ -362,7 +364,8 @@ def page(title: str, measured: dict, pictures: dict) -> str:
         f"and tested on {PROBED[1]:,} of other digits: the class of an object from its code, or from the pixels in its "
         "window (of digits that were found only); the sum of the two, and whether the left one is the lesser "
         "(ascending), from all codes and poses found, or from the whole scene's pixels. Linear probes are given "
-        f"{ITERATIONS['linear']} iterations, those with a hidden layer (MLP) {ITERATIONS['mlp']}.</p>",
+        f"{ITERATIONS['linear']} iterations, those with a hidden layer (MLP) {ITERATIONS['mlp']}, not always enough to "
+        "converge.</p>",
         table(
             [
                 "",
@@ -383,7 +386,7 @@ def page(title: str, measured: dict, pictures: dict) -> str:
                 if probe
             ),
         ),
-        "<h2>Scenes of another kind</h2>",
+        "<h2>Scenes of another kind</h2><p>In training, there are none to two digits, 21 pixels wide in the mean.</p>",
         table(
             ["", "scenes", "right count", "95% interval", *(f"inferred {n}" for n in range(steps))],
             *(

@@ -263,6 +263,42 @@ def test_inference_reads_the_guide_out(air, x):
     assert (shares - seen.count_probs).abs().max() < 0.2
 
 
+def test_inference_without_sampling(air, x):
+    """Neither chance nor the other images matter, and the guide gives no choice of a pose or code a greater density."""
+    seen = air.infer(x, sample=False)
+    alone = air.infer((255 * x[2:3]).round().byte().numpy(), sample=False)
+    for together, single in zip(seen, alone):
+        torch.testing.assert_close(together[2:3], single)
+    for t in range(3):
+        at_most = seen.z_where[:, t] + 0.01 * torch.randn(6, 3).double()
+        steps = {f"z_pres_{k}": torch.ones(6).double() for k in range(3)}
+        steps |= {f"z_where_{k}": seen.z_where[:, k] for k in range(t)}
+        steps |= {f"z_what_{k}": seen.z_what[:, k] for k in range(t)}
+        densities = []
+        for z_where in (seen.z_where[:, t], at_most):
+            conditioned = poutine.condition(air.eval().guide, steps | {f"z_where_{t}": z_where})
+            trace = poutine.trace(conditioned).get_trace(x)
+            trace.compute_log_prob()
+            densities.append(trace.nodes[f"z_where_{t}"]["log_prob"])
+        assert (densities[0] > densities[1]).all()
+    more = seen.count_probs.flip(-1).cumsum(-1).flip(-1)  # [n, T + 1], q(count >= n)
+    expected = (more[:, 1:] / more[:, :-1] > 0.5).int().cumprod(-1).sum(-1)
+    assert torch.equal(seen.counts, expected)
+
+
+@pytest.mark.parametrize(
+    "images, error",
+    [
+        (torch.zeros(2, 64, 64), r"expected \[n, 50, 50\]"),
+        (torch.zeros(50, 50), "shape"),
+        (255 * torch.ones(1, 50, 50), "outside"),
+    ],
+)
+def test_images_that_are_none(images, error, air):
+    with pytest.raises(ValueError, match=error):
+        air.infer(images)
+
+
 def test_imagined_scenes_have_as_many_objects_as_asked_for(air):
     scenes = air.imagine(torch.tensor([0, 1, 2, 3]))
     assert scenes.shape == (4, 50, 50) and scenes[0].max() == 0 and (scenes[1:].amax((1, 2)) > 0).all()
