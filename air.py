@@ -276,9 +276,11 @@ class AIR(nn.Module):
         """One sample of the guide for the images `x`, and its `log p(x, z) - log q(z | x)` `[n]`, in nats."""
         training = self.training
         self.eval()
-        guide = poutine.trace(self.guide).get_trace(x)
-        model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(x)
-        self.train(training)
+        try:
+            guide = poutine.trace(self.guide).get_trace(x)
+            model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(x)
+        finally:
+            self.train(training)
         log_probs = []
         for trace in (model, guide):
             trace.compute_log_prob()

@@ -63,6 +63,8 @@ CURVES = {
 LONGEST_GRADIENT = 1e10
 # So many faulty steps within so many end a run.
 MOST_FAULTS, FAULTS_WITHIN = 3, 100
+# What Pyro calls the averages of `--baseline average`, which it keeps itself, one for each place in the mini-batch.
+AVERAGES = "__baseline"
 # The prior on the count with --plain, at all times.
 PLAIN_COUNT_RATIO = 0.01
 # What a run is: a resumed run keeps these, and may be given others for the rest.
@@ -262,7 +264,8 @@ def make_svi(air: AIR, estimator: str, ranks: Ranks | None = None) -> tuple[SVI,
         guide, elbo = config_enumerate(air.guide), TraceEnum_ELBO(max_plate_nesting=1)
 
     def loss_and_grads(*args):
-        fault = None
+        fault, store = None, pyro.get_param_store()
+        averages = {name: value.detach().clone() for name, value in store.items() if name.startswith(AVERAGES)}
         try:
             loss = elbo.loss_and_grads(*args)
             length = get_total_norm([p.grad for p in air.parameters() if p.grad is not None]).item()
@@ -273,6 +276,10 @@ def make_svi(air: AIR, estimator: str, ranks: Ranks | None = None) -> tuple[SVI,
         except RuntimeError as error:  # PyTorch's way to refuse numbers that are not finite, among others
             fault = error
         if ranks.any(fault):
+            for name in [name for name in store.keys() if name.startswith(AVERAGES)]:
+                del store[name]
+            for name, value in averages.items():
+                pyro.param(name, value)
             raise fault or FaultElsewhere
         return ranks.add_up(loss, list(air.parameters()))
 
@@ -453,6 +460,8 @@ class Run:
             self.restore(checkpoint)
         elif not ranks.first:
             self.own_stream()
+        if len(ranks.gather(torch.tensor([self.step])).unique()) > 1:
+            raise UsageError("the machines' checkpoints are of different steps: copy the run's folder to all of them")
         if not ranks.first:
             self.lock = nullcontext()
             return
@@ -494,10 +503,10 @@ class Run:
         """Write the checkpoint; all processes have to come here, for their part of it."""
         rng = self.ranks.gather(torch.get_rng_state())
         cuda_rng = self.ranks.gather(torch.cuda.get_rng_state()) if self.args.cuda else None
-        averages = {  # of `--baseline average`, which Pyro keeps itself: a number for each place in the mini-batch
+        averages = {
             name: self.ranks.gather(value.detach())
             for name, value in sorted(pyro.get_param_store().items())
-            if name.startswith("__baseline")
+            if name.startswith(AVERAGES)
         }
         if not self.ranks.first:
             return
@@ -577,7 +586,7 @@ def plain_values(args, names: Iterable[str]) -> dict:
 
 def write(path: Path, text: str) -> None:
     """Write a small file, at once or not at all."""
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text)
         os.replace(temporary, path)
@@ -885,13 +894,13 @@ def check_flags(args) -> None:
         raise UsageError("--cuda: no CUDA device was found")
     if args.cuda and local_rank >= torch.cuda.device_count():
         raise UsageError(f"--cuda: {torch.cuda.device_count()} CUDA devices are too few for torchrun's processes")
-    if args.batch_size % number:
-        raise UsageError(f"--batch-size {args.batch_size} cannot be shared equally by torchrun's {number} processes")
     instead = [
         f"--{name.replace('_', '-')}" for name in ("eval_only", "redraw", "report", "predict") if getattr(args, name)
     ]
     if instead and number > 1:
         raise UsageError(f"{instead[0]} is done by one process: leave torchrun out")
+    if args.batch_size % number:
+        raise UsageError(f"--batch-size {args.batch_size} cannot be shared equally by torchrun's {number} processes")
     if instead and not args.load:
         raise UsageError(f"{instead[0]} needs --load")
     if len(instead) > 1:

@@ -64,6 +64,7 @@ def look(air: AIR, x: np.ndarray, batch_size: int = 500) -> tuple[Inference, np.
         for start in range(0, len(x), batch_size):
             seen = air.infer(to_images(x[start : start + batch_size], device))
             codes.append(air.encode(seen.x_att.flatten(0, 1))[0].unflatten(0, seen.x_att.shape[:2]).cpu().numpy())
+            seen = seen._replace(canvases=seen.counts, reconstruction=seen.counts)  # not looked at, and large
             batches.append([part.cpu().numpy() for part in seen])
     return Inference(*map(np.concatenate, zip(*batches))), np.concatenate(codes)
 

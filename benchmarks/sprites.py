@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=30_000, help="scenes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.file.suffix != ".npz" or args.n < 1:
+        parser.error("expected a file that ends in .npz, and at least one scene")
     if args.file.exists():
         sys.exit(f"{args.file} is there already")
     x, counts = sprites(args.n, np.random.default_rng(args.seed))

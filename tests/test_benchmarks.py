@@ -4,14 +4,19 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pyro
 import pytest
 import torch
 from conftest import ROOT
+from scipy.ndimage import label
+
+from multi_mnist import load_file
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import estimators
+import sprites
 
 
 def test_speed_prints_its_json_line():
@@ -59,6 +64,23 @@ def test_noise_of_the_gradients(x):
     measured = estimators.noise(checkpoint, 0, x.float(), args)
     predict = {name: row["predict"] for name, row in measured.items()}
     assert predict["traceenum"] < 0.8 * min(value for name, value in predict.items() if name != "traceenum")
+
+
+def test_sprites_are_as_many_as_they_say(monkeypatch, tmp_path):
+    """As many pieces of ink as shapes, each of one grey inside, and nothing of the user's is replaced."""
+    monkeypatch.setattr(sys, "argv", ["sprites.py", str(tmp_path / "a.npz"), "-n", "60"])
+    sprites.main()
+    with pytest.raises(SystemExit, match="is there already"):
+        sprites.main()
+    scenes = load_file(tmp_path / "a.npz")
+    assert scenes.x.shape == (60, 64, 64) and set(scenes.counts) == {0, 1, 2, 3}
+    for x, count in zip(scenes.x, scenes.counts):
+        inside = label(x >= 120)[1]  # shapes that touch are one piece
+        assert inside <= count and (inside > 0) == (count > 0)
+    assert np.mean([label(x > 0)[1] == count for x, count in zip(scenes.x, scenes.counts)]) > 0.7
+    monkeypatch.setattr(sys, "argv", ["sprites.py", str(tmp_path / "b")])
+    with pytest.raises(SystemExit):
+        sprites.main()
 
 
 def test_first_evaluation_at_an_accuracy():

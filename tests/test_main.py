@@ -144,6 +144,15 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(run, run_main, tmp_
     assert [line["step"] for line in metrics(straight)] == [2, 4, 6, 6]
 
 
+def test_the_baseline_has_its_own_learning_rate(run_main, tmp_path):
+    assert run_main(*SHORT, "-blr", 1e-9, "--out", tmp_path / "run").returncode == 0
+    torch.manual_seed(0)
+    before, after = AIR().state_dict(), AIR.load(tmp_path / "run").state_dict()
+    for name in ("baseline.linear.weight", "baseline.rnn.rest.weight"):
+        assert torch.allclose(before[name], after[name], atol=1e-7), name
+    assert not torch.allclose(before["rnn.rest.weight"], after["rnn.rest.weight"], atol=1e-5)
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_users_own_images(labelled, run_main, digits, tmp_path):
     """60 images of 40 x 36 pixels: trained on 54, the last 6 held out; accuracy is told only if counts are there."""

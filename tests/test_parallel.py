@@ -147,7 +147,7 @@ def test_resuming_two_processes_is_exact(torchrun, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, error", [("-b 8", "cannot be shared equally"), ("-b 9 --eval-only", "leave torchrun out")]
+    "flags, error", [("-b 8", "cannot be shared equally"), ("-b 8 --eval-only", "leave torchrun out")]
 )
 def test_errors(flags, error, run_main, monkeypatch, tmp_path):
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", 3), ("RANK", 0), ("LOCAL_RANK", 0)):

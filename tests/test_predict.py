@@ -110,6 +110,26 @@ def test_an_archive_of_images_that_are_no_squares(air, scenes, tmp_path):
     Image.fromarray(x).save(tmp_path / "b.png")
     (archived,), (alone,) = (predict(air, tmp_path / name) for name in ("a.npz", "b.png"))
     assert archived["count"] == alone["count"] and np.allclose(archived["boxes"], alone["boxes"])
+    # The same scene in the middle of the model's canvas, its boxes moved up by the 5 rows that are added above.
+    square = np.zeros_like(scenes.x[0])
+    square[5:45] = x
+    seen = air.infer(square[None], sample=False)
+    assert alone["count"] == seen.count_probs[0].argmax() > 0
+    assert np.allclose(alone["boxes"], seen.boxes[0, : alone["count"]].numpy() - [0, 5, 0, 0], atol=0.05)
+
+
+def test_more_images_than_are_looked_at_at_once(air, scenes, tmp_path):
+    """Whatever else there is, and in the archive's order; also of dark on light."""
+    for name, x in (("a.npz", scenes.x[:40]), ("b.npz", 1 - scenes.x[:40] / 255)):
+        np.savez(tmp_path / name, x=x)
+        results = predict(air, tmp_path / name, invert=name == "b.npz")
+        assert [result["index"] for result in results] == list(range(40))
+        for i in range(0, 40, 3):
+            seen = air.infer(scenes.x[i : i + 1], sample=False)
+            count = results[i]["count"]
+            assert count == seen.count_probs[0].argmax()
+            boxes = np.array(results[i]["boxes"]).reshape(-1, 4)
+            assert np.allclose(boxes, seen.boxes[0, :count].numpy(), atol=0.1)
 
 
 @pytest.mark.parametrize("height, width", [(90, 300), (300, 90), (25, 25), (50, 50), (10, 1000)])

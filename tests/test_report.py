@@ -137,9 +137,10 @@ def test_probes_tell_what_is_there_from_what_is_not(scenes, digits, monkeypatch)
         where = np.zeros((n, 2, 3), np.float32)
         return Inference(counts, where, where, where, codes, boxes.astype(float), one, one, one, one), codes
 
-    known = {}
+    known, used = {}, []
 
     def compose(*args, **options):
+        used.append({image.tobytes() for image in args[0]})
         made = multi_mnist.compose(*args, **options)
         known[len(made.x)] = (made.labels, made.boxes, made.counts)
         return made
@@ -148,6 +149,7 @@ def test_probes_tell_what_is_there_from_what_is_not(scenes, digits, monkeypatch)
     monkeypatch.setattr(report, "compose", compose)
     order = np.arange(60).reshape(2, 30).T.ravel()  # all ten classes among every second of them
     measured = report.representation(AIR(), *(part[order] for part in digits))
+    assert not used[0] & used[1], "tested on digits that it was trained on"
     assert measured["digit_class"]["linear_probe_on_codes"] == 1
     assert measured["digit_class"]["linear_probe_on_pixels"] < 0.3
     assert measured["ascending"]["linear_probe_on_codes"] > 0.9

@@ -185,8 +185,8 @@ def test_a_folder_that_cannot_be_written_to(run_main, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def plant(monkeypatch, calls):
-    """A NaN in one pixel of the mini-batches (of 8) with these numbers."""
+def plant(monkeypatch, calls, value=float("nan")):
+    """A NaN, or another value, in one pixel of the mini-batches (of 8) with these numbers."""
     images, made = main.to_images, []
 
     def planted(x, device="cpu"):
@@ -194,7 +194,7 @@ def plant(monkeypatch, calls):
         if len(result) == 8:
             made.append(result)
             if len(made) in calls:
-                result[3, 20, 20] = float("nan")
+                result[3, 20, 20] = value
         return result
 
     monkeypatch.setattr(main, "to_images", planted)
@@ -210,6 +210,18 @@ def test_a_nan_in_a_mini_batch_is_not_learned_from(estimator, run_main, monkeypa
     assert len(told) == 2 and "step 2 was" in told[0] and "step 4 was" in told[1]
     assert all("site z_pres_0" in line for line in told)
     assert all(value.isfinite().all() for value in state(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("calls", [[1, 3], [3]])
+def test_a_fault_is_not_in_the_running_averages(calls, run_main, monkeypatch, tmp_path):
+    """A pixel that only the likelihood has a fault with: Pyro has noted the averages by then."""
+    plant(monkeypatch, calls, value=1e20)
+    finished = run_main(*SHORT, "-n", 6, "--baseline", "average", "--out", tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("was not taken") == len(calls)
+    saved = state(tmp_path / "run")
+    assert any(name.startswith("__baseline") for name in saved)
+    assert all(value.isfinite().all() for value in saved.values())
 
 
 def test_too_many_faults_end_a_run(run_main, monkeypatch, tmp_path):
