@@ -1,6 +1,7 @@
 """Training in two processes, as a user starts it with torchrun."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,23 @@ def test_a_lost_process_ends_the_job_and_another_number_goes_on(torchrun, run_ma
     assert alone.returncode == 0, alone.stderr
     finish(torchrun("--load", folder, "-n", reached + 4))
     assert metrics(folder)[-1]["step"] == reached + 4
+
+
+def test_machines_with_checkpoints_of_different_steps(torchrun, run_main, tmp_path):
+    """As when the second has the copy of an earlier interruption: told at once, and nothing is changed."""
+    run, worker = tmp_path / "0" / "run", tmp_path / "worker.py"
+    assert run_main(*SHORT, "-n", 1, "--out", run).returncode == 0
+    shutil.copytree(run, tmp_path / "1" / "run")
+    assert run_main("--load", run, "-n", 2).returncode == 0
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    worker.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main\n"
+        f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])\nmain.main()"
+    )
+    job = torchrun("--load", "run", "-n", 4, script=worker)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode != 0 and "checkpoints are of different steps" in errors
+    assert before == {file.name: file.read_bytes() for file in run.iterdir()}
 
 
 @pytest.mark.slow
