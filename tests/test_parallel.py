@@ -129,6 +129,7 @@ def test_a_lost_process_ends_the_job_and_another_number_goes_on(torchrun, run_ma
     assert metrics(folder)[-1]["step"] == reached + 4
 
 
+@pytest.mark.slow
 def test_machines_with_checkpoints_of_different_steps(torchrun, run_main, tmp_path):
     """As when the second has the copy of an earlier interruption: told at once, and nothing is changed."""
     run, worker = tmp_path / "0" / "run", tmp_path / "worker.py"
