@@ -294,8 +294,7 @@ class AIR(nn.Module):
         sample: whether to sample the guide, as the literature does to report accuracy, or to take at each
             choice what it holds most probable. Raises ValueError for what cannot be such images.
         """
-        x = torch.as_tensor(x)
-        x = (x / 255 if x.dtype == torch.uint8 else x).to(self.p_more)  # its device and precision
+        x = to_images(x, self.p_more.device).to(self.p_more.dtype)
         if x.shape[1:] != (self.image_size, self.image_size) or not x.numel():
             raise ValueError(f"images have shape {list(x.shape)}, expected [n, {self.image_size}, {self.image_size}]")
         if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
@@ -376,6 +375,12 @@ class AIR(nn.Module):
         except Exception as error:  # Whatever else goes wrong, the file is at fault.
             raise CheckpointError(f"{path} is not a checkpoint of this AIR: {' '.join(str(error).split())}") from None
         return air
+
+
+def to_images(x, device="cpu") -> Tensor:
+    """Images, a tensor or an array, as the model takes them: uint8 becomes floats in [0, 1]."""
+    x = torch.as_tensor(x).to(device)
+    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 class Baseline(nn.Module):

@@ -9,14 +9,8 @@ from pyro import poutine
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from air import AIR
+from air import AIR, to_images
 from multi_mnist import Scenes
-
-
-def to_images(x: np.ndarray | torch.Tensor, device="cpu") -> torch.Tensor:
-    """Images as AIR takes them: uint8 becomes floats in [0, 1]."""
-    x = torch.as_tensor(x).to(device)
-    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 def evaluate(air: AIR, scenes: Scenes, batch_size: int = 500, seed: int = 0) -> dict:
@@ -34,7 +28,7 @@ def evaluate(air: AIR, scenes: Scenes, batch_size: int = 500, seed: int = 0) -> 
     with own_random_numbers(device, seed):
         batches = []
         for start in range(0, len(scenes.x), batch_size):
-            inference = air.infer(to_images(scenes.x[start : start + batch_size], device))
+            inference = air.infer(scenes.x[start : start + batch_size])
             batches.append((inference.counts, inference.count_probs.argmax(-1), inference.elbo))
         explained = None if air.baseline is None else baseline_explains(air, to_images(scenes.x[:batch_size], device))
     counts, modes, elbo = (torch.cat(parts).cpu().numpy() for parts in zip(*batches))

@@ -761,13 +761,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
         default=2e-3,
         help="largest learning rate of model and guide",
     )
-    add(
-        "-blr",
-        "--baseline-learning-rate",
-        type=positive(float, 10**6),
-        default=2e-3,
-        help="largest one of the baseline",
-    )
+    add("-blr", "--baseline-learning-rate", type=positive(float, 10**6), default=2e-3, help="the baseline's largest")
     add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
     add("--baseline", choices=["rnn", "average", "none"], help="tracegraph's, against variance; if not given, rnn")
     add(

@@ -20,7 +20,7 @@ from sklearn.neural_network import MLPClassifier
 
 import viz
 from air import AIR, Inference
-from evaluation import evaluate, importance_bound, interval, own_random_numbers, to_images
+from evaluation import evaluate, importance_bound, interval, own_random_numbers
 from modules import pose_to_box
 from multi_mnist import DIGIT_SIZE, Scenes, compose
 
@@ -62,7 +62,7 @@ def look(air: AIR, x: np.ndarray, batch_size: int = 500) -> tuple[Inference, np.
     batches, codes = [], []
     with own_random_numbers(device), torch.no_grad():
         for start in range(0, len(x), batch_size):
-            seen = air.infer(to_images(x[start : start + batch_size], device))
+            seen = air.infer(x[start : start + batch_size])
             codes.append(air.encode(seen.x_att.flatten(0, 1))[0].unflatten(0, seen.x_att.shape[:2]).cpu().numpy())
             seen = seen._replace(canvases=seen.counts, reconstruction=seen.counts)  # not looked at, and large
             batches.append([part.cpu().numpy() for part in seen])

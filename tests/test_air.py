@@ -264,18 +264,18 @@ def test_inference_reads_the_guide_out(air, x):
 
 
 def test_inference_without_sampling(air, x):
-    """Neither chance nor the other images matter, and the guide gives no choice of a pose or code a greater density."""
+    """Neither chance nor the other images matter, and no pose beside it has a greater density."""
     seen = air.infer(x, sample=False)
     alone = air.infer((255 * x[2:3]).round().byte().numpy(), sample=False)
     for together, single in zip(seen, alone):
         torch.testing.assert_close(together[2:3], single)
     for t in range(3):
-        at_most = seen.z_where[:, t] + 0.01 * torch.randn(6, 3).double()
+        beside = seen.z_where[:, t] + 0.01 * torch.randn(6, 3).double()
         steps = {f"z_pres_{k}": torch.ones(6).double() for k in range(3)}
         steps |= {f"z_where_{k}": seen.z_where[:, k] for k in range(t)}
         steps |= {f"z_what_{k}": seen.z_what[:, k] for k in range(t)}
         densities = []
-        for z_where in (seen.z_where[:, t], at_most):
+        for z_where in (seen.z_where[:, t], beside):
             conditioned = poutine.condition(air.eval().guide, steps | {f"z_where_{t}": z_where})
             trace = poutine.trace(conditioned).get_trace(x)
             trace.compute_log_prob()

@@ -67,7 +67,7 @@ def test_noise_of_the_gradients(x):
 
 
 def test_sprites_are_as_many_as_they_say(monkeypatch, tmp_path):
-    """As many pieces of ink as shapes, each of one grey inside, and nothing of the user's is replaced."""
+    """As many pieces of ink as shapes, or fewer where they touch; and no file that is there is replaced."""
     monkeypatch.setattr(sys, "argv", ["sprites.py", str(tmp_path / "a.npz"), "-n", "60"])
     sprites.main()
     with pytest.raises(SystemExit, match="is there already"):
@@ -75,7 +75,7 @@ def test_sprites_are_as_many_as_they_say(monkeypatch, tmp_path):
     scenes = load_file(tmp_path / "a.npz")
     assert scenes.x.shape == (60, 64, 64) and set(scenes.counts) == {0, 1, 2, 3}
     for x, count in zip(scenes.x, scenes.counts):
-        inside = label(x >= 120)[1]  # shapes that touch are one piece
+        inside = label(x >= 120)[1]
         assert inside <= count and (inside > 0) == (count > 0)
     assert np.mean([label(x > 0)[1] == count for x, count in zip(scenes.x, scenes.counts)]) > 0.7
     monkeypatch.setattr(sys, "argv", ["sprites.py", str(tmp_path / "b")])

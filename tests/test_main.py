@@ -199,10 +199,7 @@ def test_own_images_that_do_not_do(run, run_main, scenes, tmp_path):
         (("--data", tmp_path / "few.npz"), "9 images are too few"),
         ((*own, "-t", 1), "--model-steps 1: there are images with 2 objects"),
         ((*own, "--test-data", tmp_path / "small.npz"), "are 40 pixels wide or high"),
-        (
-            ("--load", run[0], "-n", 8, "--data", tmp_path / "small.npz", "--out", tmp_path / "new"),
-            "or high, the model's canvas is 50",
-        ),
+        (("--load", run[0], "-n", 8, "--data", tmp_path / "small.npz"), "or high, the model's canvas is 50"),
     ):
         refused = run_main(*flags, "--out", tmp_path / "run")
         assert refused.returncode == 2 and error in refused.stderr and len(refused.stderr.splitlines()) == 2
