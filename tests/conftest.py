@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # Two tests run side by side; also for the processes that they start.
 torch.set_num_threads(1)
+# A suite that a script has put into the background was told to ignore Ctrl-C; the runs that it interrupts must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402

@@ -308,5 +308,5 @@ def test_when_nobody_reads_what_it_says(start, tmp_path):
     run.stderr.close()
     wait_until(run, folder, metrics(folder)[-1]["step"] + 3)
     run.send_signal(signal.SIGINT)
-    assert run.wait(timeout=200) == 130
+    assert run.wait(timeout=60) == 130
     assert read_checkpoint(folder / "checkpoint.pt")["step"] >= 4
