@@ -18,21 +18,16 @@ What differs from the paper's description; the generative model's structure is t
 - While training, the guide keeps a small chance of either choice of `z_pres` (`exploration`).
 """
 
-import io
 import math
-import os
-import zipfile
 from contextlib import nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import TraceGraph_ELBO
-from pyro.infer.enum import get_importance_trace
-from pyro.ops.provenance import ProvenanceTensor, get_provenance
+from pyro.params import param_with_module_name
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
@@ -44,10 +39,6 @@ BASELINE_SCALE = 100.0
 LARGEST_SIZE = 10_000
 # How wide a look the guide takes at a proposed window, in widths of that window.
 GLIMPSE_WIDTH = 1.5
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be read or is not AIR's; the message says what is wrong with it."""
 
 
 class Step(NamedTuple):
@@ -92,8 +83,7 @@ class AIR(nn.Module):
     refine: whether the guide looks at the window that its RNN proposes, and corrects it, before it
         chooses `z_where`, and its RNN is told what was seen there; the paper's does not.
     baseline: what is subtracted from the cost of a discrete choice to reduce the variance of its
-        gradient: "rnn" (a network that sees the image and the choices so far), "average" (a running
-        mean) or "none".
+        gradient: "rnn" (a network that sees the image and the choices so far) or "none".
     """
 
     def __init__(
@@ -113,8 +103,8 @@ class AIR(nn.Module):
         refine: bool = True,
         baseline: str = "rnn",
     ):
-        if baseline not in ("rnn", "average", "none"):
-            raise ValueError(f"baseline must be 'rnn', 'average' or 'none', not {baseline!r}")
+        if baseline not in ("rnn", "none"):
+            raise ValueError(f"baseline must be 'rnn' or 'none', not {baseline!r}")
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         for name, size in self.config.items():
             if name.endswith(("_steps", "_size")) and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
@@ -145,7 +135,6 @@ class AIR(nn.Module):
         self.encode = Encoder(window_size, hidden_size, z_what_size)
         # The baseline's: no part of either distribution, and with a learning rate of its own.
         self.baseline = Baseline(image_size, rnn_inputs, baseline_size) if baseline == "rnn" else None
-        self.average_baseline = baseline == "average"
 
     def set_count_prior(self, ratio: float) -> None:
         """Make the prior on the number of objects `p(n) ~ ratio ** n` for n = 0 .. T.
@@ -154,7 +143,8 @@ class AIR(nn.Module):
         the decoder can paint whole objects, a uniform one (1) lets it tell close neighbours apart.
         """
         weights = [ratio**n for n in range(self.num_steps + 1)]
-        self.p_more.copy_(torch.tensor([sum(weights[t + 1 :]) / sum(weights[t:]) for t in range(self.num_steps)]))
+        for t in range(self.num_steps):  # filled in one by one: a copy from the CPU would make a GPU wait
+            self.p_more[t] = sum(weights[t + 1 :]) / sum(weights[t:])
 
     # -------------------------------------------------------------------------- generative model
 
@@ -188,6 +178,18 @@ class AIR(nn.Module):
         y = object_to_image(z_where.flatten(0, 1), y_att, self.image_size).unflatten(0, z_where.shape[:2])
         return y_att.unflatten(0, z_where.shape[:2]), torch.cat([torch.zeros_like(y[:1]), y.cumsum(0)])
 
+    def register_parameters(self) -> None:
+        """Tell Pyro all parameters, the guide's as well, so that SVI trains them.
+
+        Pyro would go on to train another AIR's, if it knows such under the same names.
+        """
+        store = pyro.get_param_store()
+        for name, parameter in self.named_parameters():
+            name = param_with_module_name("air", name)
+            if name in store and store[name] is not parameter:
+                del store[name]
+        pyro.module("air", self)
+
     def model(self, x: Tensor) -> None:
         """The joint density `p(x, z)` of images `x` `[n, h, h]` and the choices that explain them.
 
@@ -196,7 +198,8 @@ class AIR(nn.Module):
         charged only with what happens from its step on, which takes most of the noise out of its
         gradient; and summing over all counts needs T + 1 canvases, not 2^T.
         """
-        pyro.module("air", self)  # all parameters, the guide's as well
+        if torch.is_grad_enabled():
+            self.register_parameters()
         with pyro.plate("scenes", len(x), dim=-1, device=x.device):
             z_pres, z_where, z_what = self.prior(len(x))
             _, canvases = self.paint(z_where, z_what)
@@ -208,10 +211,10 @@ class AIR(nn.Module):
 
     # ------------------------------------------------------------------------------------- guide
 
-    def guide_step(self, t: int, x: Tensor, looks: tuple, previous: Step) -> Step:
+    def guide_step(self, t: int, x: Tensor, projections: tuple, previous: Step) -> Step:
         """Sample `q(z_pres_t, z_where_t, z_what_t | x, earlier steps)`, by attending to one place in `x`."""
         inputs = torch.cat([previous.z_where, previous.z_what, previous.seen], -1)
-        rnn = self.rnn(looks[0], inputs, previous.rnn)
+        rnn = self.rnn(projections[0], inputs, previous.rnn)
         p_more, loc, scale = self.predict(rnn[0])
         if self.training:
             p_more = self.exploration + (1 - 2 * self.exploration) * p_more
@@ -224,13 +227,11 @@ class AIR(nn.Module):
         baseline, options = previous.baseline, {}
         if self.baseline is not None:
             # Detached: the baseline's own loss must not train the guide.
-            value, baseline = self.baseline(looks[1], inputs.detach(), baseline)
+            value, baseline = self.baseline(projections[1], inputs.detach(), baseline)
             # In a complete scene nothing is left to choose, and nothing to predict.
             value = value * previous.z_pres.detach()
             # (Of a single image, Pyro wants a number, not a vector of one.)
             options = {"baseline_value": value if len(x) > 1 else value.squeeze()}
-        elif self.average_baseline:
-            options = {"use_decaying_avg_baseline": True}
 
         bernoulli = dist.Bernoulli(p_more * previous.z_pres)
         z_pres = pyro.sample(f"z_pres_{t}", bernoulli, infer={"baseline": options})
@@ -243,7 +244,7 @@ class AIR(nn.Module):
     def guide(self, x: Tensor) -> list[Step]:
         """Sample `q(z | x)` for images `[n, h, h]`; returns the T steps."""
         n = len(x)
-        looks = (self.rnn.look(x), self.baseline and self.baseline.rnn.look(x))
+        projections = (self.rnn.project_image(x), self.baseline and self.baseline.rnn.project_image(x))
         step = Step(
             rnn=self.rnn.start(n),
             baseline=self.baseline and self.baseline.rnn.start(n),
@@ -256,14 +257,14 @@ class AIR(nn.Module):
         steps = []
         with pyro.plate("scenes", n, dim=-1, device=x.device):
             for t in range(self.num_steps):
-                step = self.guide_step(t, x, looks, step)
+                step = self.guide_step(t, x, projections, step)
                 steps.append(step)
         return steps
 
     # ---------------------------------------------------------------------------------- read-out
 
     @torch.no_grad()
-    def imagine(self, counts: Tensor) -> Tensor:
+    def prior_samples(self, counts: Tensor) -> Tensor:
         """Scenes `[n, h, h]` from the prior, as the decoder paints them, with given numbers of objects `[n]`."""
         given = {f"z_pres_{t}": (counts > t).to(self.p_more.dtype) for t in range(self.num_steps)}
         with pyro.plate("scenes", len(counts), dim=-1):
@@ -272,7 +273,7 @@ class AIR(nn.Module):
         return canvases[counts, torch.arange(len(counts), device=counts.device)]
 
     @torch.no_grad()
-    def weigh(self, x: Tensor) -> tuple[list[Step], Tensor]:
+    def log_importance_weight(self, x: Tensor) -> tuple[list[Step], Tensor]:
         """One sample of the guide for the images `x`, and its `log p(x, z) - log q(z | x)` `[n]`, in nats."""
         training = self.training
         self.eval()
@@ -300,7 +301,7 @@ class AIR(nn.Module):
         if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
             raise ValueError("images have values outside [0, 1], or NaN")
         with nullcontext() if sample else MostProbable():
-            steps, log_weight = self.weigh(x)
+            steps, log_weight = self.log_importance_weight(x)
         z_where = torch.stack([step.z_where for step in steps])
         z_what = torch.stack([step.z_what for step in steps])
         z_pres = torch.stack([step.z_pres for step in steps])
@@ -324,61 +325,11 @@ class AIR(nn.Module):
             reconstruction=canvases[counts, torch.arange(len(x), device=x.device)],
         )
 
-    # -------------------------------------------------------------------------------- checkpoint
-
-    def save(self, path, **others) -> None:
-        """Write the parameters, what is needed to build the same AIR, and `others` (tensors and plain values).
-
-        Written beside `path` and then renamed: `path` never holds half a file.
-        """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}")
-        content = io.BytesIO()  # PyTorch's own writing tells less of a full disk.
-        torch.save({"air": self.config, "parameters": self.state_dict(), **others}, content)
-        try:
-            temporary.write_bytes(content.getbuffer())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path) -> "AIR":
-        """The AIR saved at `path`, a checkpoint or the folder of a run, on the CPU. Raises CheckpointError."""
-        path = Path(path, "checkpoint.pt") if os.path.isdir(path) else path
-        return cls.from_checkpoint(read_checkpoint(path), path)
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: dict, path="checkpoint") -> "AIR":
-        try:
-            config, parameters = checkpoint["air"], checkpoint["parameters"]
-            # Without memory at first: a file could claim any size.
-            with torch.device("meta"):
-                expected = cls(**config).state_dict()
-            for name in expected.keys() | parameters.keys():
-                shapes = [list(tensors[name].shape) for tensors in (expected, parameters)]
-                if shapes[0] != shapes[1]:
-                    raise ValueError(f"{name} has shape {shapes[1]}, expected {shapes[0]}")
-            stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters.values()}
-            if sum(p.nbytes for p in parameters.values()) > sum(stored.values()):
-                raise ValueError("its parameters share their numbers")
-            for name, parameter in parameters.items():
-                if not (parameter.is_floating_point() and parameter.isfinite().all()):
-                    raise ValueError(f"{name} holds what are not finite numbers")
-            if not (parameters["p_more"].min() >= 0 and parameters["p_more"].max() <= 1):
-                raise ValueError("p_more holds what are not probabilities")
-            air = cls(**config)
-            air.load_state_dict(parameters)
-        except KeyError as error:
-            raise CheckpointError(f"{path} is not a checkpoint of this AIR: one of the two has no {error}") from None
-        except Exception as error:  # Whatever else goes wrong, the file is at fault.
-            raise CheckpointError(f"{path} is not a checkpoint of this AIR: {' '.join(str(error).split())}") from None
-        return air
-
 
 def to_images(x, device="cpu") -> Tensor:
     """Images, a tensor or an array, as the model takes them: uint8 becomes floats in [0, 1]."""
+    if isinstance(x, np.ndarray):
+        x = np.ascontiguousarray(x)  # PyTorch takes no negative strides.
     x = torch.as_tensor(x).to(device)
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
@@ -396,31 +347,9 @@ class Baseline(nn.Module):
         self.linear = nn.Linear(state_size, 1)
         self.scale = BASELINE_SCALE
 
-    def forward(self, look: Tensor, inputs: Tensor, state: tuple) -> tuple[Tensor, tuple]:
-        state = self.rnn(look, inputs, state)
+    def forward(self, projection: Tensor, inputs: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+        state = self.rnn(projection, inputs, state)
         return self.scale * self.linear(state[0])[:, 0], state
-
-
-def read_checkpoint(path) -> dict:
-    """The dictionary that `AIR.save` wrote. Raises CheckpointError if `path` is anything else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
-                raise CheckpointError(f"{path} is not a checkpoint: it claims to hold more than its size")
-            damaged = archive.testzip()  # PyTorch itself does not look at the checksums.
-        if damaged is not None:
-            raise CheckpointError(f"{path} is damaged: {damaged} does not have its checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"no such checkpoint: {path}") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # Whatever else goes wrong in reading, the file is at fault.
-        reason = str(error).strip() or type(error).__name__
-        raise CheckpointError(f"{path} is not a checkpoint: {reason.splitlines()[0]}") from None
-    if not isinstance(checkpoint, dict) or not {"air", "parameters"} <= checkpoint.keys():
-        raise CheckpointError(f"{path} is not a checkpoint of AIR: it has no 'air' and 'parameters'")
-    return checkpoint
 
 
 class MostProbable(Messenger):
@@ -430,38 +359,3 @@ class MostProbable(Messenger):
         if msg["value"] is None and isinstance(msg["fn"], torch.distributions.Distribution):
             mean = msg["fn"].mean
             msg["value"] = (mean > 0.5).to(mean) if isinstance(msg["fn"], dist.Bernoulli) else mean
-
-
-class Labelled(ProvenanceTensor):
-    """A tensor that says which choices it depends on, but does not pass it on to what is computed from it."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # as nn.Parameter has it
-
-
-class StaticTraceGraph_ELBO(TraceGraph_ELBO):
-    """TraceGraph_ELBO for programs in which it never changes which choice affects which cost.
-
-    Pyro finds that out by passing every tensor operation through a Python hook, anew at each step.
-    Here the first step's answer is kept. Loss and gradients are the same.
-    """
-
-    dependencies = None
-
-    def _get_trace(self, model, guide, args, kwargs):
-        if self.dependencies is None:
-            traces = super()._get_trace(model, guide, args, kwargs)
-            self.dependencies = [
-                {
-                    name: get_provenance(site["log_prob_sum"])
-                    for name, site in trace.nodes.items()
-                    if "log_prob_sum" in site
-                }
-                for trace in traces
-            ]
-        else:
-            traces = get_importance_trace("dense", self.max_plate_nesting, model, guide, args, kwargs)
-            for trace, dependencies in zip(traces, self.dependencies):
-                for name, upstream in dependencies.items():
-                    site = trace.nodes[name]
-                    site["log_prob_sum"] = Labelled(site["log_prob_sum"], upstream)
-        return traces

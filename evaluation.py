@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,61 +10,82 @@ from pyro import poutine
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from air import AIR, to_images
+from air import AIR, Inference, to_images
 from multi_mnist import Scenes
 
+# Pixels of a batch of images, 500 of multi-MNIST's scenes: what is painted for them takes about 200 MB.
+BATCH_PIXELS = 500 * 50**2
+KEPT_WHOLE = 30  # images of which an evaluation keeps everything
 
-def evaluate(air: AIR, scenes: Scenes, batch_size: int = 500, seed: int = 0) -> dict:
+
+class Evaluation(NamedTuple):
+    """Of one sample of the guide for each of `n` images: what was measured, and what it saw."""
+
+    metrics: dict  # see `evaluate`
+    counts: np.ndarray  # int64 [n], the number of objects
+    boxes: np.ndarray  # [n, T, 4], the windows as (x, y, w, h) in pixels; a step t was used where t < counts
+    first: Inference  # all about the first images, as arrays
+
+
+def evaluate(air: AIR, scenes: Scenes, batch_size: int | None = None, seed: int = 0) -> Evaluation:
     """Count accuracy, ELBO and the like on `scenes`, one sample of the guide per image.
 
     With its own random numbers: whether and when it is called does not change a training run.
 
-    Returns a dictionary of plain numbers, the part of a line of metrics.jsonl that is measured here:
+    The metrics are plain numbers, the part of a line of metrics.jsonl that is measured here:
     images; elbo (nats per image); count_accuracy (of the sampled count); count_accuracy_mode (of the
     most probable count); confusion (true count 0.. by sampled count 0..T); last_step_rate (share of
-    images that used step T); baseline_explains (see that function; of the first batch). What needs
-    true counts, or the RNN baseline, is None if there are none.
+    images that used step T); baseline_r2 (see that function; of the first batch). What needs true
+    counts, or the RNN baseline, is None if there are none.
     """
     device = next(air.parameters()).device
-    with own_random_numbers(device, seed):
-        batches = []
+    batch_size = batch_size or default_batch_size(air)
+    with seeded_rng(device, seed):
+        batches, first = [], []
         for start in range(0, len(scenes.x), batch_size):
-            inference = air.infer(scenes.x[start : start + batch_size])
-            batches.append((inference.counts, inference.count_probs.argmax(-1), inference.elbo))
-        explained = None if air.baseline is None else baseline_explains(air, to_images(scenes.x[:batch_size], device))
-    counts, modes, elbo = (torch.cat(parts).cpu().numpy() for parts in zip(*batches))
-    result = {
+            seen = air.infer(scenes.x[start : start + batch_size])
+            batches.append((seen.counts, seen.count_probs.argmax(-1), seen.elbo, seen.boxes))
+            if start < KEPT_WHOLE:
+                first.append([part[: KEPT_WHOLE - start].cpu().numpy() for part in seen])
+        r2 = None if air.baseline is None else baseline_r2(air, to_images(scenes.x[:batch_size], device))
+    counts, modes, elbo, boxes = (torch.cat(parts).cpu().numpy() for parts in zip(*batches))
+    metrics = {
         "images": len(counts),
         "elbo": float(elbo.mean(dtype=np.float64)),
         "count_accuracy": None,
         "count_accuracy_mode": None,
         "confusion": None,
         "last_step_rate": float((counts == air.num_steps).mean()),
-        "baseline_explains": explained,
+        "baseline_r2": r2,
     }
     if scenes.counts is not None:
         confusion = np.zeros((scenes.counts.max() + 1, air.num_steps + 1), int)
         np.add.at(confusion, (scenes.counts, counts), 1)
-        result["count_accuracy"] = float((counts == scenes.counts).mean())
-        result["count_accuracy_mode"] = float((modes == scenes.counts).mean())
-        result["confusion"] = confusion.tolist()
-    return result
+        metrics["count_accuracy"] = float((counts == scenes.counts).mean())
+        metrics["count_accuracy_mode"] = float((modes == scenes.counts).mean())
+        metrics["confusion"] = confusion.tolist()
+    return Evaluation(metrics, counts, boxes, Inference(*map(np.concatenate, zip(*first))))
 
 
-def importance_bound(air: AIR, scenes: Scenes, samples: int = 100, batch_size: int = 500, seed: int = 0) -> np.ndarray:
+def default_batch_size(air: AIR) -> int:
+    """Images that are looked at together: fewer of large ones, so that memory does not grow with the canvas."""
+    return max(1, BATCH_PIXELS // air.image_size**2)
+
+
+def importance_bound(air: AIR, scenes: Scenes, samples: int = 100, seed: int = 0) -> np.ndarray:
     """For each scene a lower bound on `log p(x)` in nats `[n]`: the log of the mean of `samples` importance weights.
 
     The weights are `p(x, z) / q(z | x)` at samples of the guide; with one of them it is the ELBO (Burda et
     al., ICLR 2016, arXiv:1509.00519).
     """
-    device = next(air.parameters()).device
+    device, batch_size = next(air.parameters()).device, default_batch_size(air)
     bounds = []
-    with own_random_numbers(device, seed):
+    with seeded_rng(device, seed):
         for start in tqdm(
             range(0, len(scenes.x), batch_size), "importance weights", unit_scale=batch_size, leave=False
         ):
             x = to_images(scenes.x[start : start + batch_size], device)
-            log_weights = torch.stack([air.weigh(x)[1] for _ in range(samples)])
+            log_weights = torch.stack([air.log_importance_weight(x)[1] for _ in range(samples)])
             bounds.append(log_weights.logsumexp(0).cpu() - math.log(samples))
     return torch.cat(bounds).numpy()
 
@@ -75,7 +97,7 @@ def interval(share: float, n: int) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def baseline_explains(air: AIR, x: torch.Tensor) -> float | None:
+def baseline_r2(air: AIR, x: torch.Tensor) -> float | None:
     """How much of the variance of what follows a choice of `z_pres` the RNN baseline predicts: at most 1.
 
     What follows is the part of the ELBO that TraceGraph_ELBO credits the choice with: all terms of
@@ -100,7 +122,7 @@ def baseline_explains(air: AIR, x: torch.Tensor) -> float | None:
 
 
 @contextmanager
-def own_random_numbers(device: torch.device, seed: int = 0):
+def seeded_rng(device: torch.device, seed: int = 0):
     """Within it, PyTorch's random numbers start from `seed`; outside they go on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

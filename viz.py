@@ -1,23 +1,18 @@
-"""Pictures of scenes and of learning, as RGB arrays, and where they are shown: PNG files and visdom.
+"""Pictures of scenes and of learning, as RGB arrays, and the visdom server that shows them.
 
 The functions that draw are pure: arrays in, an array out (uint8 `[height, width, 3]`). What shows
 such pictures knows nothing of what is on them.
 """
 
 import logging
-import os
-import sys
-from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
-from tqdm import tqdm
 from urllib3.exceptions import HTTPError
-from visdom import Visdom
 
 # A step's boxes, told apart by colour (the paper's) and, for those who cannot see it, by line style.
 STEP_STYLES = [
@@ -190,66 +185,55 @@ def render(figure: Figure, most: int = 0) -> np.ndarray:
 # --------------------------------------------------------------------------------------- showing
 
 
-class Screen:
-    """Where pictures are shown: as PNG files in a folder and, if there is one, on a dashboard."""
-
-    def __init__(self, folder: Path, dashboard: "Dashboard | None" = None):
-        self.folder, self.dashboard, self.lost = folder, dashboard, False
-
-    def show(self, pictures: dict[str, tuple[str, np.ndarray]]) -> None:
-        """Show pictures by name, each with its title, in place of those with the same names.
-
-        All are sent each time, so that a server that was started again has all of them.
-        """
-        for name, (_, picture) in pictures.items():
-            temporary = self.folder / f".{name}.png"
-            try:
-                Image.fromarray(picture).save(temporary, format="png")
-                os.replace(temporary, self.folder / f"{name}.png")
-            finally:
-                temporary.unlink(missing_ok=True)
-        if self.dashboard is None:
-            return
-        try:
-            for name, (title, picture) in pictures.items():
-                self.dashboard.show(name, title, picture)
-            self.lost = False
-        except ConnectionError:
-            if not self.lost:
-                where = f"visdom at {self.dashboard.address} does not answer"
-                tqdm.write(f"{where}; pictures still go to {self.folder}, and there again when it is back", sys.stderr)
-            self.lost = True
-
-
-class Dashboard(Visdom):
+class Dashboard:
     """A visdom server that shows pictures, each in a window of its own that is updated in place.
 
-    Raises ConnectionError if the server does not answer: within a second at first, later within five.
+    url: the server's, as in `http://user:password@host:8097/base`; all but the host may be left out.
+    Raises ConnectionError, with a message for the user, if it does not answer: within a second at first,
+    later within five.
     """
 
-    timeout = 1.0
+    def __init__(self, url: str, env: str):
+        from visdom import Visdom  # only here: most who draw have no use for it
 
-    def __init__(self, server: str, port: int, env: str):
         logging.getLogger("visdom").setLevel(logging.ERROR)  # It warns of what is meant to be so.
         try:
-            super().__init__(server=server, port=port, env=env, raise_exceptions=True, use_incoming_socket=False)
-        except (ValueError, HTTPError) as error:  # What cannot be an address is told in many ways.
-            raise ConnectionError(error) from None
-        self.address = f"{self.server}:{self.port}"
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            self.address = f"{parts.scheme}://{parts.hostname}:{parts.port or 8097}{parts.path.rstrip('/')}"
+            self.client = Visdom(
+                server=f"{parts.scheme}://{parts.hostname}",
+                port=parts.port or 8097,
+                base_url=parts.path.rstrip("/"),
+                username=parts.username and unquote(parts.username),
+                password=parts.password and unquote(parts.password),
+                env=env,
+                send=False,  # not yet: only `post` has time limits
+                raise_exceptions=True,
+                use_incoming_socket=False,
+            )
+        except (ValueError, AssertionError) as error:
+            raise ConnectionError(f"{url} is not the URL of a visdom server: {error}") from None
+        self.client.send, self.client._handle_post, self.timeout = True, self.post, 1.0
+        try:
+            self.client._send({"eid": env}, endpoint=f"env/{env}")
+        except (ConnectionError, RuntimeError) as error:
+            reason = f" ({error})" if isinstance(error, RuntimeError) else ""  # of the login
+            raise ConnectionError(f"no visdom server answers at {self.address}{reason}") from None
         self.timeout = 5.0
 
-    def _handle_post(self, url, data=None):
-        # visdom itself would wait for ever for a server that no longer answers, and take an error for an answer.
-        self.session.trust_env = not self.server.endswith(("//localhost", "//127.0.0.1"))  # No proxy for these.
+    def post(self, url, data=None) -> str:
+        """Send to the server. (visdom itself would wait for ever for one that is lost, and take errors for answers.)"""
         try:
-            response = self.session.post(url, data=data or {}, timeout=self.timeout)
-        except (ValueError, HTTPError) as error:
+            session = self.client.session
+            session.trust_env = not self.address.startswith(("http://localhost:", "http://127.0.0.1:"))  # no proxy
+            response = session.post(url, data=data or {}, timeout=self.timeout)
+            response.raise_for_status()
+        except (ValueError, OSError, HTTPError) as error:
             raise ConnectionError(error) from None
-        response.raise_for_status()
         return response.text
 
     def show(self, name: str, title: str, picture: np.ndarray) -> None:
         height, width, _ = picture.shape
         # The window's size at first; it can be drawn larger on the page.
         options = {"title": title, "width": width * 6 // 10, "height": height * 6 // 10}
-        self.image(picture.transpose(2, 0, 1), win=name, opts=options)
+        self.client.image(picture.transpose(2, 0, 1), win=name, opts=options)

@@ -28,15 +28,17 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import main as script
-from air import AIR, read_checkpoint
-from evaluation import to_images
+from air import AIR, to_images
 from multi_mnist import load_split
+from training.checkpoint import read_checkpoint
+from training.options import make_parser
+from training.run import Run, read_metrics
+from training.svi import count_ratio, make_svi
 
 # name: (--estimator, --baseline)
 ESTIMATORS = {
     "traceenum": ("traceenum", "none"),
     "tracegraph, RNN": ("tracegraph", "rnn"),
-    "tracegraph, average": ("tracegraph", "average"),
     "tracegraph, none": ("tracegraph", "none"),
 }
 GROUPS = ("decode", "rnn", "predict", "refine", "encode")
@@ -44,7 +46,7 @@ ACCURACIES = (0.90, 0.95, 0.98)
 MIDDLE = 500  # the second point at which the noise is measured; the others are the start and the end
 
 
-class KeepingRun(script.Run):
+class KeepingRun(Run):
     """A run that keeps its checkpoint of step MIDDLE."""
 
     def save(self):
@@ -56,12 +58,12 @@ class KeepingRun(script.Run):
 def train(name: str, seed: int, args) -> list[dict]:
     """The lines of metrics.jsonl of a finished run, which is made or completed if need be."""
     folder = args.out / f"{name.replace(', ', '-')}-seed{seed}"
-    lines = script.read_metrics(folder)
+    lines = read_metrics(folder)
     if not lines or (lines[-1]["split"], lines[-1]["step"]) != ("test", args.num_steps):
         estimator, baseline = ESTIMATORS[name]
         flags = ["--estimator", estimator, "--baseline", baseline, "--seed", seed]
         flags += ["-n", args.num_steps, "-b", args.batch_size]
-        flags += ["--eval-every", args.eval_every, "--save-every", MIDDLE, "--data-dir", args.data_dir]
+        flags += ["--eval-every", args.eval_every, "--data-dir", args.data_dir]
         flags += ["--visdom", "off"]
         if (folder / "checkpoint.pt").exists():
             flags += ["--load", folder]
@@ -71,7 +73,7 @@ def train(name: str, seed: int, args) -> list[dict]:
         print(f"{name}, seed {seed}", flush=True)
         script.Run = KeepingRun
         script.main([str(flag) for flag in flags])
-        lines = script.read_metrics(folder)
+        lines = read_metrics(folder)
     return lines
 
 
@@ -88,18 +90,13 @@ def gradients(name: str, checkpoint: dict, step: int, x: torch.Tensor, args) -> 
     estimator, baseline = ESTIMATORS[name]
     air = AIR(**checkpoint["air"] | {"baseline": baseline})
     air.load_state_dict(checkpoint["parameters"], strict=baseline == "rnn")
-    air.set_count_prior(script.count_ratio(step, args.num_steps))
-    pyro.clear_param_store()  # where Pyro keeps the running average
+    air.set_count_prior(count_ratio(step, args.num_steps))
     pyro.set_rng_seed(0)
-    svi, _ = script.make_svi(air, estimator)
+    svi, _ = make_svi(air, estimator)
     rows = {group: [] for group in GROUPS}
-    settling = 40 if baseline == "average" else 0
-    for draw in range(settling + args.draws):
+    for _ in range(args.draws):
         air.zero_grad()
-        # Shuffled: Pyro's running average has an entry for each place in the mini-batch, not for each image.
-        svi.loss_and_grads(svi.model, svi.guide, x[torch.randperm(len(x))])
-        if draw < settling:
-            continue
+        svi.loss_and_grads(svi.model, svi.guide, x)
         for group in GROUPS:
             parameters = air.get_submodule(group).parameters()
             rows[group].append(torch.cat([p.grad.flatten() for p in parameters]) / len(x))
@@ -169,8 +166,8 @@ def main():
     add = parser.add_argument
     add("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS), metavar="NAME")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED")
-    add("-n", "--num-steps", type=int, default=script.make_parser().get_default("num_steps"))
-    add("-b", "--batch-size", type=int, default=script.make_parser().get_default("batch_size"))
+    add("-n", "--num-steps", type=int, default=make_parser().get_default("num_steps"))
+    add("-b", "--batch-size", type=int, default=make_parser().get_default("batch_size"))
     add("--eval-every", type=int, default=100)
     add("--draws", type=int, default=100, help="gradients from which their noise is estimated")
     add("--data-dir", type=Path, default=Path("data"))
@@ -192,7 +189,7 @@ def main():
     start = AIR()
     points = {0: {"air": start.config, "parameters": start.state_dict()}}
     for file in ("middle.pt", "checkpoint.pt"):
-        checkpoint = read_checkpoint(folder / file)
+        checkpoint, _ = read_checkpoint(folder / file)
         points[checkpoint["step"]] = checkpoint
     noises = {step: noise(checkpoint, step, x, args) for step, checkpoint in points.items()}
     report_noise(noises, args)

@@ -41,9 +41,8 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from air import AIR, GLIMPSE_WIDTH
-from evaluation import to_images
-from main import make_svi
+from air import AIR, GLIMPSE_WIDTH, to_images
+from training.svi import make_svi
 
 ROOT = Path(__file__).parent.parent
 

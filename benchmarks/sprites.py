@@ -56,7 +56,7 @@ def main() -> None:
     if args.file.suffix != ".npz" or args.n < 1:
         parser.error("expected a file that ends in .npz, and at least one scene")
     if args.file.exists():
-        sys.exit(f"{args.file} is there already")
+        sys.exit(f"{args.file} already exists")
     x, counts = sprites(args.n, np.random.default_rng(args.seed))
     np.savez_compressed(args.file, x=x, counts=counts)
     print(f"{args.file}: {len(x):,} scenes of {SIZE}x{SIZE} pixels with 0 to {MOST} shapes")

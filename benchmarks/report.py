@@ -1,13 +1,20 @@
-"""How well does an AIR understand its scenes: `main.py --load RUN --report`.
+"""How well does an AIR understand its scenes: writes report.html and report.json into the folder of a run.
+
+    python benchmarks/report.py runs/NAME
 
 All of it is measured on multi-MNIST's test scenes, or on others made of the same test digits. What
 is called an object's code here is the mean of `q(z_what_t | x, z_where_t)` at the sampled window.
 """
 
+import argparse
 import base64
 import html
 import io
+import json
+import os
+import sys
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +25,16 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import viz
 from air import AIR, Inference
-from evaluation import evaluate, importance_bound, interval, own_random_numbers
+from evaluation import default_batch_size, evaluate, importance_bound, interval, seeded_rng
 from modules import pose_to_box
-from multi_mnist import DIGIT_SIZE, Scenes, compose
+from multi_mnist import DIGIT_SIZE, Scenes, compose, load_digits, load_split
+from training.checkpoint import build_air, read_checkpoint
+from training.options import UsageError, one_line_errors
+from training.run import is_run_folder, write_text
 
 INK = 0.2  # the least brightness of a painted pixel that counts as ink
 SIZES = (12, 16, 19, 21, 24, 28, 32)  # pixels; an ordinary digit is drawn 18 to 26 pixels wide
@@ -32,17 +44,42 @@ UNUSUAL = 1000  # scenes of each unusual kind
 PEERS = {"elbo": 627.4, "bound": 636.8}  # of addtt/attend-infer-repeat-pytorch, by its README
 
 
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="How well does an AIR understand its scenes.", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run on multi-MNIST")
+    parser.add_argument("--data-dir", type=Path, help="where MNIST and the scenes are kept (default: the run's)")
+    parser.add_argument("--cuda", action="store_true", help="compute on the GPU")
+    args = parser.parse_args(argv)
+    with one_line_errors("report.py"):
+        if not is_run_folder(args.run):
+            raise UsageError(f"{args.run} is not the folder of a run")
+        if not os.access(args.run, os.W_OK):
+            raise UsageError(f"{args.run} cannot be written to")
+        checkpoint, path = read_checkpoint(args.run)
+        air = build_air(checkpoint, path).to("cuda" if args.cuda else "cpu")
+        flags = checkpoint["flags"]
+        if flags["data"]:
+            raise UsageError(
+                f"{args.run} was not trained on multi-MNIST, of which it is known what is where"
+            )
+        data_dir = args.data_dir or flags["data_dir"]
+        measured, pictures = report(air, load_split("test", data_dir), *load_digits(False, data_dir))
+        title = f"An AIR after {checkpoint['step']:,} steps (seed {flags['seed']}, {flags['estimator']})"
+        write_text(args.run / "report.json", json.dumps({"step": checkpoint["step"]} | measured, indent=1) + "\n")
+        write_text(args.run / "report.html", page(title, measured, pictures))
+        print(f"{args.run / 'report.html'} and {args.run / 'report.json'}")
+
+
 class Pairs(NamedTuple):
     """Inferred objects and the true ones that they are matched with, one pair a row."""
 
     scene: np.ndarray  # number of the scene
     step: np.ndarray  # of the guide
     digit: np.ndarray  # number of the true digit in its scene
-    iou: np.ndarray  # of the window and the true box
 
 
 def report(air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray) -> tuple[dict, dict]:
-    """What main.py writes to report.json, and pictures by name.
+    """What goes into report.json, and pictures by name.
 
     scenes: with labels and boxes. digits, classes: what to compose further scenes of, see `compose`.
     """
@@ -51,16 +88,14 @@ def report(air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray) ->
     measured = {"counting": counting(air, scenes), "localisation": localisation(seen, pairs, scenes)}
     measured["representation"] = representation(air, digits, classes)
     measured["generalisation"], pictures = generalisation(air, digits, classes)
-    measured["generalisation"]["last_step_rate_on_ordinary_scenes"] = measured["counting"]["last_step_rate"]
-    measured["disentangling"], more = disentangling(air, seen, codes, pairs, scenes)
-    return measured, pictures | more
+    return measured, pictures | disentangling(air, seen, codes, pairs, scenes)
 
 
-def look(air: AIR, x: np.ndarray, batch_size: int = 500) -> tuple[Inference, np.ndarray]:
+def look(air: AIR, x: np.ndarray) -> tuple[Inference, np.ndarray]:
     """One sample of the guide for all images, as arrays, and the codes `[n, T, z_what_size]`."""
-    device = next(air.parameters()).device
+    device, batch_size = next(air.parameters()).device, default_batch_size(air)
     batches, codes = [], []
-    with own_random_numbers(device), torch.no_grad():
+    with seeded_rng(device), torch.no_grad():
         for start in range(0, len(x), batch_size):
             seen = air.infer(x[start : start + batch_size])
             codes.append(air.encode(seen.x_att.flatten(0, 1))[0].unflatten(0, seen.x_att.shape[:2]).cpu().numpy())
@@ -73,7 +108,7 @@ def look(air: AIR, x: np.ndarray, batch_size: int = 500) -> tuple[Inference, np.
 
 
 def counting(air: AIR, scenes: Scenes) -> dict:
-    measured = evaluate(air, scenes)
+    measured = evaluate(air, scenes).metrics
     bound = importance_bound(air, scenes)
     return measured | {
         "count_accuracy_interval": interval(measured["count_accuracy"], len(scenes.x)),
@@ -100,9 +135,8 @@ def match(boxes: np.ndarray, counts: np.ndarray, true_boxes: np.ndarray, true_co
         iou = overlap(a, b)
         distance = np.linalg.norm(a[..., :2] + a[..., 2:] / 2 - b[..., :2] - b[..., 2:] / 2, axis=-1)
         for step, digit in zip(*linear_sum_assignment(iou - 1e-6 * distance, maximize=True)):
-            rows.append((i, step, digit, iou[step, digit]))
-    scene, step, digit, iou = zip(*rows) if rows else ([], [], [], [])
-    return Pairs(np.array(scene, int), np.array(step, int), np.array(digit, int), np.array(iou, float))
+            rows.append((i, step, digit))
+    return Pairs(*np.array(rows, int).reshape(-1, 3).T)
 
 
 def localisation(seen: Inference, pairs: Pairs, scenes: Scenes) -> dict:
@@ -244,46 +278,35 @@ def drawn(scenes: Scenes, seen: Inference, n: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def disentangling(air: AIR, seen: Inference, codes: np.ndarray, pairs: Pairs, scenes: Scenes) -> tuple[dict, dict]:
-    """Codes on the way from one digit to another, painted; one object of a scene moved and made larger."""
-    device, columns = next(air.parameters()).device, 10
+def disentangling(air: AIR, seen: Inference, codes: np.ndarray, pairs: Pairs, scenes: Scenes) -> dict:
+    """Pictures: codes on the way from one digit to another, painted; one object of a scene moved and made larger."""
+    device, columns, pictures = next(air.parameters()).device, 10, {}
+    at = np.linspace(0, 1, columns)
     found = scenes.labels[pairs.scene, pairs.digit]
     firsts = [np.flatnonzero(found == digit)[:1] for digit in range(10)]
     couples = [(i[0], j[0]) for i, j in zip(firsts, firsts[1:]) if len(i) and len(j)][::2]
-    measured, pictures = {"interpolated_objects": [], "moved_object": None}, {}
     if couples:
-        ends = np.array([[codes[pairs.scene[i], pairs.step[i]] for i in couple] for couple in couples])
-        share = np.linspace(0, 1, columns)[:, None]
-        between = torch.from_numpy(((1 - share) * ends[:, :1] + share * ends[:, 1:]).astype(np.float32))
-        objects = air.decode(between.flatten(0, 1).to(device)).cpu().numpy()
-        pictures["interpolated z_what: codes between those of two digits, painted"] = viz.draw_scenes(
-            objects, columns=columns, labels=[f"{found[i]} to {found[j]}" for i, j in couples]
-        )
-        measured["interpolated_objects"] = [
-            [{"scene": int(pairs.scene[i]), "step": int(pairs.step[i]), "digit": int(found[i])} for i in couple]
-            for couple in couples
-        ]
+        start, end = np.array([codes[pairs.scene[list(c)], pairs.step[list(c)]] for c in couples]).swapaxes(0, 1)
+        between = start[:, None] + at[:, None] * (end - start)[:, None]
+        objects = air.decode(torch.tensor(between, dtype=torch.float32, device=device).flatten(0, 1)).cpu().numpy()
+        labels = [f"{found[i]} to {found[j]}" for i, j in couples]
+        name = "interpolated z_what: codes between those of two digits, painted"
+        pictures[name] = viz.draw_scenes(objects, columns=columns, labels=labels)
     right = np.flatnonzero((seen.counts == 2) & (scenes.counts == 2))
     if len(right):
-        scene = right[0]
-        paths = {  # of z_where = [s, x, y]: 1/s and -x/s, -y/s are what is meant, see modules.py
-            "to the right": lambda at, s, x, y: (s, -s * (1.2 * at - 0.6), y),
-            "down": lambda at, s, x, y: (s, x, -s * (1.2 * at - 0.6)),
-            "larger": lambda at, s, x, y: ((bigger := 5 - 3 * at), x / s * bigger, y / s * bigger),
-        }
-        poses = np.tile(seen.z_where[scene], (len(paths) * columns, 1, 1))
-        for row, path in enumerate(paths.values()):
-            for column, at in enumerate(np.linspace(0, 1, columns)):
-                poses[row * columns + column, 0] = path(at, *seen.z_where[scene, 0])
-        z_where = torch.from_numpy(poses.astype(np.float32)).to(device).transpose(0, 1)
-        z_what = torch.from_numpy(np.tile(seen.z_what[scene], (len(poses), 1, 1))).to(device).transpose(0, 1)
-        canvases = air.paint(z_where, z_what)[1][2].cpu().numpy()
+        # The first object's [s, x, y] on three paths; 1/s is its size, -x/s and -y/s its place.
+        s, x, y = seen.z_where[right[0], 0]
+        move, larger = -s * (1.2 * at - 0.6), 5 - 3 * at
+        to_the_right, down = [s + 0 * at, move, y + 0 * at], [s + 0 * at, x + 0 * at, move]
+        paths = np.concatenate([to_the_right, down, [larger, x / s * larger, y / s * larger]], 1).T
+        z_where, z_what = (np.tile(part[right[0], :, None], (1, len(paths), 1)) for part in (seen.z_where, seen.z_what))
+        z_where[0] = paths
+        z_where, z_what = (torch.tensor(part, dtype=torch.float32, device=device) for part in (z_where, z_what))
+        canvases = air.paint(z_where, z_what)[1][2].cpu().numpy().clip(0, 1)
         boxes = pose_to_box(z_where[0], air.image_size)[:, None].cpu().numpy()
-        pictures["moved z_where: one digit of a scene in other places and sizes, its code kept"] = viz.draw_scenes(
-            canvases.clip(0, 1), boxes, columns=columns, labels=list(paths)
-        )
-        measured["moved_object"] = {"scene": int(scene), "step": 0}
-    return measured, pictures
+        name = "moved z_where: one digit of a scene in other places and sizes, its code kept"
+        pictures[name] = viz.draw_scenes(canvases, boxes, columns=columns, labels=["to the right", "down", "larger"])
+    return pictures
 
 
 def mean(numbers: np.ndarray) -> float | None:
@@ -430,3 +453,7 @@ def span(part: dict, name: str) -> str:
 
 def number(value: float | None, unit: str = "") -> str:
     return "-" if value is None else f"{value:.2f}{unit}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The flags of main.py and their rules: what a run may be asked for, and what a resumed one keeps."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from multi_mnist import DataError
+from training.checkpoint import CheckpointError, read_checkpoint
+from training.parallel import ProcessLost, launched
+from training.run import RunError, is_run_folder
+from training.svi import NonFiniteError
+
+# What a run is: a resumed run has the same.
+FROZEN_ON_RESUME = (
+    "batch_size",
+    "learning_rate",
+    "baseline_learning_rate",
+    "seed",
+    "model_steps",
+    "likelihood_sd",
+    "estimator",
+    "baseline",
+    "plain",
+)
+# What a resumed run has too, if it is not told otherwise.
+INHERITED_ON_RESUME = ("num_steps", "eval_every", "viz_every", "cuda", "data", "data_dir")
+
+
+class UsageError(Exception):
+    """The flags ask for something that cannot be done."""
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The flags, checked, and the checkpoint that --load names. Bad flags end the program with an error line."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    checkpoint = None
+    try:
+        if args.load:
+            checkpoint, path = read_checkpoint(args.load)
+            args = inherit(parser, argv, checkpoint, path)
+        check(args)
+    except (CheckpointError, UsageError) as error:
+        parser.error(one_line(error))
+    return args, checkpoint
+
+
+def make_parser(**options) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train Attend, Infer, Repeat on multi-MNIST or on images of your own.",
+        usage="%(prog)s [options]   (-h lists them)",
+        formatter_class=Formatter,
+        allow_abbrev=False,
+        **options,
+    )
+    add = parser.add_argument_group("training").add_argument
+    add("-n", "--num-steps", type=positive(int, 10**9), default=3000, help="training steps, those before resuming too")
+    add("-b", "--batch-size", type=positive(int, 100_000), default=128, help="images per step")
+    rate = positive(float, 10**6)
+    add("-lr", "--learning-rate", type=rate, default=2e-3, help="largest learning rate of model and guide")
+    add("-blr", "--baseline-learning-rate", type=rate, default=2e-3, help="largest learning rate of the baseline")
+    add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
+    add("--baseline", choices=["rnn", "none"], default="rnn", help="tracegraph's, against variance")
+    add("--seed", type=seed, default=0, help="seed of training; the scenes are the same for all seeds")
+    add("--cuda", action=argparse.BooleanOptionalAction, default=False, help="compute on the GPU")
+
+    add = parser.add_argument_group("model and guide").add_argument
+    add("-t", "--model-steps", type=positive(int, 50), default=3, help="most objects in an image, T")
+    add("--likelihood-sd", type=rate, default=0.3, metavar="SD", help="standard deviation of the noise on a pixel")
+    add("--plain", action="store_true", help="the paper's guide: no second look, no exploration; a fixed count prior")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST and the scenes are kept")
+    add("--data", type=Path, metavar="NPZ", help="your own images; the last tenth of them is held out")
+
+    add = parser.add_argument_group("what a run leaves").add_argument
+    add("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/<date>-<time>-seed<seed>)")
+    steps = {"type": positive(int), "default": 500, "metavar": "STEPS"}
+    add("--eval-every", **steps, help="evaluate on the validation scenes and save the checkpoint")
+    add("--viz-every", **steps, help="draw the pictures")
+    add(
+        "--visdom",
+        default="auto",
+        metavar="auto|off|URL",
+        help="show the pictures on a visdom server; auto: if one runs here",
+    )
+    add("--visdom-env", default="air", metavar="NAME", help="the visdom environment that they are in")
+
+    add = parser.add_argument_group("runs that are there already").add_argument
+    add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: resume it")
+    add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes or on --data, print JSON")
+    return parser
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, of flags that have one."""
+
+    def _get_help_string(self, action):
+        shown = action.default is not None and action.default is not False and "(default" not in action.help
+        return super()._get_help_string(action) if shown else action.help
+
+
+def seed(text: str) -> int:
+    """An argparse type: what every random number generator takes as a seed."""
+    if not 0 <= int(text) < 2**32:
+        raise ValueError
+    return int(text)
+
+
+def positive(number: type, most: float = math.inf):
+    """An argparse type: numbers greater than 0, finite, and not greater than `most`."""
+
+    def parse(text: str):
+        value = number(text)
+        if not 0 < value <= most or value == math.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{number.__name__} greater than 0" + (f", at most {most:,}" if most < math.inf else "")
+    return parse
+
+
+def inherit(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: dict, path: Path):
+    """Parse again with the run's own flags as defaults; those that make the run what it is cannot change."""
+    names = (*INHERITED_ON_RESUME, *FROZEN_ON_RESUME)
+    flags = checkpoint["flags"] if isinstance(checkpoint.get("flags"), dict) else {}
+    missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng", "data_sha256"} - checkpoint.keys()
+    missing |= {flag(name) for name in names if name not in flags}
+    if missing:
+        raise CheckpointError(f"{path} is not of a run of this script: it has no {', '.join(sorted(missing))}")
+    # Nothing in a file is taken on trust: its flags are parsed as if they had been typed.
+    typed = [
+        flag(name) if flags[name] is True else f"{flag(name)}={flags[name]}"
+        for name in names
+        if flags[name] is not None and flags[name] is not False
+    ]
+    try:
+        own = make_parser(exit_on_error=False).parse_args(typed)
+    except argparse.ArgumentError as error:
+        raise CheckpointError(f"{path} has flags that are not of this script: {error}") from None
+    step, seconds = checkpoint["step"], checkpoint["seconds"]
+    if not (isinstance(step, int) and 0 <= step <= own.num_steps and isinstance(seconds, float) and seconds >= 0):
+        raise CheckpointError(f"{path} cannot be of step {step!r} after {seconds!r} seconds")
+    checkpoint["flags"] = vars(own)
+    parser.set_defaults(**{name: getattr(own, name) for name in names})
+    if parser.parse_args(argv).eval_only:
+        parser.set_defaults(data=None)  # With it, --data is something else: images to evaluate on.
+    args = parser.parse_args(argv)
+    for name in FROZEN_ON_RESUME:
+        if getattr(args, name) != getattr(own, name):
+            raise UsageError(f"{flag(name)} {getattr(args, name)}: the loaded run has {getattr(own, name)}")
+    if args.num_steps < step:
+        raise UsageError(f"--num-steps {args.num_steps}: the run is already at step {step}")
+    args.load = path
+    return args
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check(args) -> None:
+    """Everything that can be known to be wrong before work starts. Fills in --out."""
+    world_size, _, local_rank = launched()
+    if args.cuda and not torch.cuda.is_available():
+        raise UsageError("--cuda: no CUDA device was found" + ("; --no-cuda resumes on the CPU" if args.load else ""))
+    if args.cuda and local_rank >= torch.cuda.device_count():
+        raise UsageError(f"--cuda: {torch.cuda.device_count()} CUDA devices are too few for torchrun's processes")
+    if args.batch_size % world_size:
+        raise UsageError(f"--batch-size {args.batch_size} cannot be divided equally among {world_size} processes")
+    if args.data_dir.exists() and not args.data_dir.is_dir():
+        raise UsageError(f"--data-dir {args.data_dir} is not a folder")
+    if args.eval_only:
+        if not args.load:
+            raise UsageError("--eval-only needs --load")
+        if args.out:
+            raise UsageError("--out cannot be combined with --eval-only, which writes no file")
+        if world_size > 1:
+            raise UsageError("--eval-only cannot be combined with torchrun")
+        return
+    if args.estimator == "traceenum":
+        args.baseline = "none"  # It samples no z_pres.
+    # A run's own checkpoint, not a copy or link of it somewhere else, is resumed where it is.
+    own = args.load and args.load.name == "checkpoint.pt" and not args.load.is_symlink()
+    own = own and is_run_folder(args.load.parent)
+    if not args.out:
+        if args.load and not own:
+            raise UsageError(f"{args.load} is not in the folder of a run: name a folder to resume it in with --out")
+        started = datetime.now().strftime("%Y%m%d-%H%M%S")
+        args.out = args.load.parent if args.load else Path("runs", f"{started}-seed{args.seed}")
+    nearest = next(path for path in (args.out, *args.out.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise UsageError(f"--out {args.out}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise UsageError(f"--out {args.out}: {nearest} cannot be written to")
+    # Hidden files are the lock, and what a run that was killed had not finished writing.
+    used = args.out.exists() and any(file.name[0] != "." for file in args.out.iterdir())
+    if used and not (own and args.out.resolve() == args.load.parent.resolve()):
+        raise UsageError(
+            f"--out {args.out} already exists and is not empty; name another folder, or --load it to resume"
+        )
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Within it, an error that a user can act on ends the program with one line."""
+    try:
+        yield
+    except (CheckpointError, DataError, RunError, UsageError) as error:
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, NonFiniteError, ProcessLost) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def one_line(error: Exception) -> str:
+    """An error of files with much in them, as one line that can be read."""
+    text = " ".join(str(error).split())
+    return text if len(text) < 500 else f"{text[:400]} .. {text[-90:]}"

@@ -1,0 +1,107 @@
+"""Training in several processes, as torchrun starts them, with PyTorch's own torch.distributed.
+
+Each process (rank) has its share of the scenes, of every mini-batch and its own random numbers; the
+gradients are added up, so that all take the same step, the one that a single process would take with
+the whole mini-batch.
+"""
+
+import os
+import signal
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import get_total_norm
+
+# How long the others wait for the main process while it evaluates, draws and writes. (torchrun itself sees
+# at once if a process has ended, and ends the others.)
+TIMEOUT = timedelta(hours=1)
+
+
+class ProcessLost(Exception):
+    """Another process of the job no longer answers."""
+
+
+def launched() -> tuple[int, int, int]:
+    """What torchrun says: world size, rank and local rank of this process; without torchrun it is alone."""
+    if not dist.is_torchelastic_launched():
+        return 1, 0, 0
+    return tuple(int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+
+
+class Processes:
+    """The processes that train together, this one among them.
+
+    world_size: how many; rank: this one's number, 0 .. world_size - 1; is_main: whether it is 0, which
+    evaluates and writes the files; device: where it computes.
+    stop_signal: the number of the signal that this process was sent, to stop; should_stop: whether one of
+    the processes was, before the last step; all of them know it after the same step.
+    """
+
+    def __init__(self, cuda: bool = False):
+        self.world_size, self.rank, self.local_rank = launched()
+        self.is_main = self.rank == 0
+        self.device = torch.device(f"cuda:{self.local_rank}" if cuda else "cpu")
+        self.stop_signal, self.should_stop = None, False
+        if cuda:
+            torch.cuda.set_device(self.device)
+            # A lost process then raises an error here; otherwise PyTorch would abort without a word of ours.
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+        self._call(dist.init_process_group, "nccl" if cuda else "gloo", None, TIMEOUT)
+        self.barrier()
+
+    def _call(self, collective, *args) -> None:
+        """One of torch.distributed's functions, which all processes have to call; alone, nothing.
+
+        Tells its errors from those of the computation, which are RuntimeErrors as well.
+        """
+        if self.world_size == 1:
+            return
+        try:
+            collective(*args)
+        except RuntimeError as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it; let it be said why, first.
+            reason = str(error).splitlines()[0].split(". This is typically")[0]
+            raise ProcessLost(f"another process of the job is lost ({reason})") from None
+
+    def barrier(self) -> None:
+        """Wait for all others to come here as well."""
+        self._call(dist.barrier)
+
+    def all_reduce_gradients(self, loss: float, parameters: list[torch.Tensor]) -> tuple[float, float]:
+        """Replace the parameters' gradients by their sums over the processes.
+
+        Returns the sum of the losses and the norm of the summed gradients; NaN in one process is NaN in all.
+        """
+        if self.world_size == 1:
+            self.should_stop = self.stop_signal is not None
+            norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            return loss, norm.item()
+        # Everything in one collective: gradients, loss, and whether to stop.
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        others = gradients[0].new_tensor([loss, self.stop_signal is not None])
+        total = torch.cat([*(gradient.flatten() for gradient in gradients), others])
+        self._call(dist.all_reduce, total)
+        *sums, others = total.split([gradient.numel() for gradient in gradients] + [2])
+        for parameter, its_sum in zip(parameters, sums):
+            parameter.grad = its_sum.view_as(parameter)
+        loss, stop, norm = torch.cat([others, total[:-2].norm()[None]]).tolist()
+        self.should_stop = stop > 0
+        return loss, norm
+
+    def broadcast(self, tensors) -> None:
+        """Give all processes the main one's values."""
+        for tensor in tensors:
+            self._call(dist.broadcast, tensor, 0)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors `[k]` of all processes, one process after the other, `[world_size * k]`, on the CPU."""
+        if self.world_size == 1:
+            return tensor.flatten().cpu()
+        mine = tensor.flatten().to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        self._call(dist.all_gather, parts, mine)
+        return torch.cat(parts).cpu()
+
+    def close(self) -> None:
+        self._call(dist.destroy_process_group)
