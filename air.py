@@ -329,7 +329,7 @@ class AIR(nn.Module):
 def to_images(x, device="cpu") -> Tensor:
     """Images, a tensor or an array, as the model takes them: uint8 becomes floats in [0, 1]."""
     if isinstance(x, np.ndarray):
-        x = np.ascontiguousarray(x)  # PyTorch takes no negative strides.
+        x = np.ascontiguousarray(x, x.dtype.newbyteorder("="))  # PyTorch takes no other byte order or negative strides.
     x = torch.as_tensor(x).to(device)
     return x.float() / 255 if x.dtype == torch.uint8 else x
 

@@ -12,6 +12,7 @@ Then `python predict.py runs/NAME IMAGES` counts what is in images of your own, 
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import pyro
@@ -33,6 +34,7 @@ PLAIN_COUNT_RATIO = 0.01
 
 
 def main(argv: list[str] | None = None) -> None:
+    warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro's; `Run.skip_step` says it
     with one_line_errors("main.py"):
         args, checkpoint = parse(argv)
         if args.eval_only:

@@ -292,8 +292,11 @@ def write_cache(path: Path, scenes: Scenes, key: dict) -> None:
 
 
 def digest(scenes: Scenes) -> str:
+    """A checksum of the arrays that there are."""
     sha256 = hashlib.sha256()
     for name, array in scenes._asdict().items():
+        if array is None:
+            continue
         sha256.update(f"{name} {array.dtype.str} {array.shape} ".encode())
         sha256.update(np.ascontiguousarray(array))
     return sha256.hexdigest()

@@ -59,9 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         air = build_air(checkpoint, path).to("cuda" if args.cuda else "cpu")
         flags = checkpoint["flags"]
         if flags["data"]:
-            raise UsageError(
-                f"{args.run} was not trained on multi-MNIST, of which it is known what is where"
-            )
+            raise UsageError(f"{args.run} was not trained on multi-MNIST, of which it is known what is where")
         data_dir = args.data_dir or flags["data_dir"]
         measured, pictures = report(air, load_split("test", data_dir), *load_digits(False, data_dir))
         title = f"An AIR after {checkpoint['step']:,} steps (seed {flags['seed']}, {flags['estimator']})"

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # Two tests run side by side; also for the 
 torch.set_num_threads(1)
 # A suite that a script has put into the background was told to ignore Ctrl-C; the runs that it interrupts must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import main  # noqa: E402
 import multi_mnist  # noqa: E402
@@ -65,28 +66,45 @@ def data_dir(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for i, split in enumerate(multi_mnist.SPLITS):
         scenes = multi_mnist.compose(*digits, n=64, rng=np.random.default_rng(i))
-        multi_mnist.write_cache(folder / f"multi_mnist-{split}.npz", scenes, multi_mnist.rule(split))
+        multi_mnist.write_cache(folder / f"multi_mnist-{split}.npz", scenes, multi_mnist.cache_key(split))
     return folder
 
 
-def call_main(data_dir, *args, script=None) -> subprocess.CompletedProcess:
-    """main.py with these flags; without `script` in this process, which saves the seconds that imports take."""
-    args = [*map(str, args), "--data-dir", str(data_dir)]
-    if script:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, env=environment)
+SHORT = ("-n", 6, "-b", 8, "--eval-every", 2)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def call(main, *args) -> subprocess.CompletedProcess:
+    """A script's `main` with these arguments, in this process, which saves the seconds that imports take."""
+    args = [*map(str, args)]
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            main.main(args)
+            main(args)
         except SystemExit as exit:
             status = exit.code
-            if isinstance(status, str):  # as Python itself does
-                status = 1
-                print(exit.code, file=sys.stderr)
     return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+def call_main(data_dir, *args, script=None) -> subprocess.CompletedProcess:
+    """main.py with these flags; with `script` in a process of its own."""
+    args = [*map(str, args), "--data-dir", str(data_dir)]
+    if not script:
+        return call(main.main, *args)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
 def run_main(data_dir):
     return functools.partial(call_main, data_dir)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, data_dir):
+    """One finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    return folder, call_main(data_dir, *SHORT, "--out", folder, script=ROOT / "main.py")

@@ -1,7 +1,7 @@
 """A visdom server whose page is complete without a CDN, and a screenshot of that page.
 
-    python tests/dashboard_page.py                       # a server at visdom's usual port, until Ctrl-C
-    python tests/dashboard_page.py RUN screenshot.png    # a run's pictures, as headless Chromium shows them
+    python tests/dashboard_page.py                   # a server at visdom's usual port, until Ctrl-C
+    python tests/dashboard_page.py screenshot.png    # the same; when it ends, what headless Chromium shows
 
 Visdom's server fetches the JavaScript of its page from CDNs when it first starts. The npm registry
 has the same files; they are put into a copy of the package. Needs npm, and Chromium for the picture.
@@ -100,22 +100,18 @@ def screenshot(url: str, path: Path, width: int = 1500, height: int = 2400) -> N
         subprocess.run(command, check=True, capture_output=True, timeout=120)
 
 
-def main(run=None, picture=None):
+def main(picture=None):
     with tempfile.TemporaryDirectory() as folder:
         complete_page(Path(folder))
-        port = free_port() if run else 8097
-        with server(Path(folder), port) as process:
-            if run:
-                flags = ["--load", run, "--redraw", "--visdom", "on", "--visdom-port", str(port)]
-                subprocess.run([sys.executable, ROOT / "main.py", *flags], check=True)
-                screenshot(f"http://127.0.0.1:{port}/env/air", Path(picture).absolute())
-            else:
-                print(f"http://localhost:{port}/env/air", flush=True)
+        with server(Path(folder), 8097) as process:
+            page = "http://localhost:8097/env/air"
+            print(page, flush=True)
+            try:
                 process.wait()
+            except KeyboardInterrupt:
+                if picture:
+                    screenshot(page, Path(picture).absolute())
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except KeyboardInterrupt:
-        pass
+    main(*sys.argv[1:])

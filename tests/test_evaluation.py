@@ -4,7 +4,7 @@ import torch
 from pyro import poutine
 
 from air import AIR
-from evaluation import baseline_explains, evaluate
+from evaluation import baseline_r2, evaluate
 from multi_mnist import Scenes
 
 
@@ -15,7 +15,8 @@ def air():
 
 
 def test_the_numbers_are_what_they_are_called(air, scenes):
-    result = evaluate(air, scenes, batch_size=64)
+    evaluation = evaluate(air, scenes, batch_size=64)
+    result = evaluation.metrics
     torch.manual_seed(0)
     x = torch.from_numpy(scenes.x).float() / 255
     seen = [air.infer(x[start : start + 64]) for start in range(0, 200, 64)]
@@ -28,11 +29,15 @@ def test_the_numbers_are_what_they_are_called(air, scenes):
     assert result["last_step_rate"] == np.mean(counts == 3)
     for true, row in enumerate(result["confusion"]):
         assert row == [int(((scenes.counts == true) & (counts == n)).sum()) for n in range(4)]
+    # And what was seen is of the very same samples.
+    assert np.array_equal(evaluation.counts, counts)
+    assert np.array_equal(evaluation.boxes, np.concatenate([part.boxes for part in seen]))
+    assert np.array_equal(evaluation.first.canvases, seen[0].canvases[:30])
 
 
 def test_any_batch_size_and_the_same_again(air, scenes):
     few = Scenes(scenes.x[:10], scenes.counts[:10])
-    results = [evaluate(air, few, batch_size=size) for size in (1, 3, 10, 500, 500)]
+    results = [evaluate(air, few, batch_size=size).metrics for size in (1, 3, 10, 500, 500)]
     assert all(result["images"] == 10 and np.sum(result["confusion"]) == 10 for result in results)
     assert results[-1] == results[-2] == results[-3]
 
@@ -46,13 +51,22 @@ def test_it_disturbs_nothing(air, scenes):
     assert air.training and all(p.grad is None for p in air.parameters())
 
 
+def test_large_images_are_looked_at_few_at_a_time(scenes, monkeypatch):
+    """So that memory does not grow with the canvas."""
+    air, seen = AIR(image_size=200, rnn_size=16, hidden_size=16, baseline_size=8), []
+    infer = air.infer
+    monkeypatch.setattr(air, "infer", lambda x: seen.append(len(x)) or infer(x))
+    evaluate(air, Scenes(np.zeros((50, 200, 200), np.uint8)))
+    assert sum(seen) == 50 and max(seen) * 200**2 <= 500 * 50**2
+
+
 def test_without_true_counts(air, scenes):
-    result = evaluate(air, Scenes(scenes.x[:5] / np.float32(255)))
+    result = evaluate(air, Scenes(scenes.x[:5] / np.float32(255))).metrics
     assert result["images"] == 5 and np.isfinite(result["elbo"])
     assert result["count_accuracy"] is result["count_accuracy_mode"] is result["confusion"] is None
 
 
-def test_how_much_the_baseline_explains(scenes):
+def test_how_much_the_baseline_r2(scenes):
     """With one step, what follows the choice is the ELBO without the empty canvas's likelihood."""
     torch.manual_seed(0)
     air = AIR(num_steps=1, rnn_size=16, hidden_size=16, baseline_size=8, exploration=0.0)
@@ -67,9 +81,9 @@ def test_how_much_the_baseline_explains(scenes):
             air.baseline.linear.bias.fill_(constant / 100)  # BASELINE_SCALE
         torch.manual_seed(1)
         expected = 1 - float((gains - constant).square().mean() / gains.var(correction=0))
-        assert baseline_explains(air, x) == pytest.approx(expected, abs=1e-3)
+        assert baseline_r2(air, x) == pytest.approx(expected, abs=1e-3)
     assert expected == pytest.approx(0, abs=1e-6)  # The mean is a baseline that explains nothing.
-    assert baseline_explains(AIR(num_steps=1, rnn_size=16, hidden_size=16, baseline_size=8), x[:1]) is None
+    assert baseline_r2(AIR(num_steps=1, rnn_size=16, hidden_size=16, baseline_size=8), x[:1]) is None
 
 
 def test_a_baseline_that_sees_the_future_explains_it_all(scenes, monkeypatch):
@@ -94,4 +108,4 @@ def test_a_baseline_that_sees_the_future_explains_it_all(scenes, monkeypatch):
     told = iter(to_come)
     monkeypatch.setattr(air.baseline, "forward", lambda look, inputs, state: (next(told), state))
     torch.manual_seed(1)
-    assert baseline_explains(air, x) == pytest.approx(1)
+    assert baseline_r2(air, x) == pytest.approx(1)

@@ -15,18 +15,20 @@ import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 
-import main
-import multi_mnist
-from air import AIR, CheckpointError, read_checkpoint
+from air import AIR
+from images import load_canvases
 from multi_mnist import DataError
-from parallel import Ranks
+from training.checkpoint import CheckpointError, build_air, read_checkpoint
+from training.options import UsageError, inherit, make_parser
+from training.parallel import Processes
+from training.run import Run
+from training.svi import make_svi
 
 SIZES = {"num_steps": 2, "image_size": 12, "window_size": 9, "z_what_size": 2, "rnn_size": 3, "hidden_size": 3}
 FLAGS = dict.fromkeys(("batch_size", "num_steps"), 4) | {
     **{"learning_rate": 1e-3, "baseline_learning_rate": 1e-3, "seed": 0, "model_steps": 2},
-    **{"estimator": "tracegraph", "baseline": "rnn", "plain": False},
-    **dict.fromkeys(("eval_every", "viz_every", "save_every"), 2),
-    **dict.fromkeys(("data", "test_data")),
+    **{"estimator": "tracegraph", "baseline": "rnn", "plain": False, "likelihood_sd": 0.3, "cuda": False},
+    **{"eval_every": 2, "viz_every": 2, "data": None, "data_dir": "data"},
 }
 
 
@@ -40,11 +42,11 @@ class Payload:
 def a_checkpoint(**changes) -> dict:
     torch.manual_seed(0)
     air = AIR(**SIZES, baseline_size=2)
-    _, adam = main.make_svi(air, "tracegraph")
+    _, adam = make_svi(air, "tracegraph")
     for parameter in air.parameters():
         parameter.grad = torch.zeros_like(parameter)
     adam.step()
-    progress = {"step": 3, "seconds": 1.5, "flags": FLAGS, "optimizer": adam.state_dict(), "averages": {}}
+    progress = {"step": 3, "seconds": 1.5, "flags": FLAGS, "optimizer": adam.state_dict(), "data_sha256": "0"}
     progress |= {"rng": torch.get_rng_state(), "cuda_rng": None}
     return {"air": air.config, "parameters": air.state_dict(), **progress} | changes
 
@@ -63,17 +65,16 @@ def an_npz(**arrays) -> bytes:
 
 def load_checkpoint(path):
     """All that main.py reads of a checkpoint."""
-    checkpoint = read_checkpoint(path)
-    air = AIR.from_checkpoint(checkpoint, path)
-    main.adopt_flags(main.make_parser(), ["--load", str(path)], checkpoint)
-    _, adam = main.make_svi(air, "tracegraph")
-    args = SimpleNamespace(cuda=False, load=path)
-    run = SimpleNamespace(air=air, optimizer=adam, args=args, ranks=Ranks(cuda=False), own_stream=lambda: None)
+    checkpoint, path = read_checkpoint(path)
+    air = build_air(checkpoint, path)
+    inherit(make_parser(), ["--load", str(path)], checkpoint, path)
+    _, adam = make_svi(air, "tracegraph")
+    args = SimpleNamespace(cuda=False, load=path, out=path.parent / "new", seed=0)
     with torch.random.fork_rng():
-        main.Run.restore(run, checkpoint)
+        Run(args, air, adam, Processes(), "0", checkpoint)
 
 
-LOADERS = {"checkpoint": load_checkpoint, "npz": lambda path: multi_mnist.load_canvases(path, 12)}
+LOADERS = {"checkpoint": load_checkpoint, "npz": load_canvases}
 INTACT = {
     "checkpoint": saved(a_checkpoint()),
     "npz": an_npz(x=np.zeros((5, 12, 12), np.uint8), counts=np.arange(5)),
@@ -209,7 +210,7 @@ def check(path, kind, content):
     try:
         LOADERS[kind](path)
         loaded = True
-    except (CheckpointError, DataError, main.UsageError) as error:
+    except (CheckpointError, DataError, UsageError) as error:
         loaded = False
         assert len(str(error).splitlines()) == 1, str(error)
     assert time.monotonic() - began < 20

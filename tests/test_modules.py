@@ -123,7 +123,7 @@ def test_lstm_is_an_lstm_that_sees_the_image_at_every_step():
         reference.bias_ih.copy_(lstm.image.bias)
         reference.bias_hh.zero_()
     images = torch.rand(3, 10, 10)
-    look, state, expected = lstm.look(images), lstm.start(3), lstm.start(3)
+    look, state, expected = lstm.project_image(images), lstm.start(3), lstm.start(3)
     for _ in range(3):
         inputs = torch.randn(3, 4)
         state = lstm(look, inputs, state)

@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import ROOT
 from pyro.infer import TraceGraph_ELBO
-from test_trust import metrics, state
+from test_run import metrics, state
 
-import main
 import multi_mnist
-from air import AIR, read_checkpoint
+from air import AIR
+from training.checkpoint import read_checkpoint
+from training.svi import count_ratio, make_svi
 
-SHORT = ("-b", 8, "--visdom", "off", "--eval-every", 1000, "--viz-every", 1000)
+SHORT = ("-b", 8, "--visdom", "off", "--viz-every", 1000)
 
 # main.py, but it keeps the checkpoint of step 1, each process tells its parameters in the end, and the
 # second process has a fault in its third mini-batch.
@@ -27,7 +28,7 @@ WORKER = f"""
 import os, shutil, sys
 sys.path.insert(0, {str(ROOT)!r})
 import pyro, torch
-import main
+import main, training.run
 
 folder, *flags = sys.argv[1:]
 calls = []
@@ -35,14 +36,14 @@ calls = []
 class KeepingRun(main.Run):
     def save(self):
         super().save()
-        if self.step == 1 and self.ranks.first:
+        if self.step == 1 and self.processes.is_main:
             shutil.copy(self.folder / "checkpoint.pt", folder + "/first.pt")
 
-def poisoned(x, device, to_images=main.to_images):
+def poisoned(x, to_images=training.run.to_images):
     calls.append(len(x))
-    return to_images(x, device) * (float("nan") if (os.environ["RANK"], len(calls)) == ("1", 3) else 1)
+    return to_images(x) * (float("nan") if (os.environ["RANK"], len(calls)) == ("1", 3) else 1)
 
-main.Run, main.to_images = KeepingRun, poisoned
+main.Run, training.run.to_images = KeepingRun, poisoned
 try:
     main.main(flags)
 finally:
@@ -74,11 +75,11 @@ def test_two_processes_are_one(torchrun, tmp_path, data_dir):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     folder = tmp_path / "run"
-    errors = finish(torchrun(tmp_path, *SHORT, "-n", 10, "--save-every", 1, "--out", folder, script=worker))
-    # The fault of one is no step for both, and told once.
-    assert errors.count("was not taken") == 1 and "step 3 was not taken" in errors
+    errors = finish(torchrun(tmp_path, *SHORT, "-n", 10, "--eval-every", 1, "--out", folder, script=worker))
+    # What one of them cannot use is skipped by both, and told once.
+    assert errors.count("skipped step") == 1 and "skipped step 3" in errors
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    saved = read_checkpoint(folder / "checkpoint.pt")["parameters"]
+    saved = read_checkpoint(folder / "checkpoint.pt")[0]["parameters"]
     assert len(first) > 20 and first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -88,15 +89,15 @@ def test_two_processes_are_one(torchrun, tmp_path, data_dir):
     scenes = multi_mnist.load_split("train", data_dir)
     pyro.set_rng_seed(0)
     air = AIR()
-    air.set_count_prior(main.count_ratio(0, 10))
-    _, adam = main.make_svi(air, "tracegraph")
+    air.set_count_prior(count_ratio(0, 10))
+    _, adam = make_svi(air, "tracegraph")
     for rank in (0, 1):
         if rank == 1:
             torch.manual_seed(int(np.random.SeedSequence([0, 1, 0]).generate_state(1)[0]))
         x = torch.from_numpy(scenes.x[rank::2])
         x = x[torch.randint(len(x), (4,))].float() / 255
         TraceGraph_ELBO(max_plate_nesting=1).loss_and_grads(air.model, air.guide, x)
-    moments = read_checkpoint(tmp_path / "first.pt")["optimizer"]["state"]
+    moments = read_checkpoint(tmp_path / "first.pt")[0]["optimizer"]["state"]
     parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
     for number, parameter in enumerate(parameters):
         # Adam's first moment after one step is a tenth of the gradient.
@@ -106,7 +107,7 @@ def test_two_processes_are_one(torchrun, tmp_path, data_dir):
 
 def test_a_lost_process_ends_the_job_and_another_number_goes_on(torchrun, run_main, tmp_path):
     folder = tmp_path / "run"
-    run = torchrun(*SHORT, "-n", 10_000, "--save-every", 2, "--baseline", "average", "--out", folder)
+    run = torchrun(*SHORT, "-n", 10_000, "--eval-every", 2, "--out", folder)
     while not (folder / "checkpoint.pt").exists():
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.05)
@@ -119,8 +120,8 @@ def test_a_lost_process_ends_the_job_and_another_number_goes_on(torchrun, run_ma
     os.kill(ranks["1"], signal.SIGKILL)
     _, errors = run.communicate(timeout=60)
     assert run.returncode != 0 and "main.py FAILED" in errors
-    assert "another process of the job is lost" in errors and "was not taken" not in errors
-    reached = read_checkpoint(folder / "checkpoint.pt")["step"]
+    assert "another process of the job is lost" in errors and "skipped step" not in errors
+    reached = read_checkpoint(folder / "checkpoint.pt")[0]["step"]
     assert reached >= 2
 
     alone = run_main("--load", folder, "-n", reached + 2)
@@ -149,7 +150,7 @@ def test_machines_with_checkpoints_of_different_steps(torchrun, run_main, tmp_pa
 
 @pytest.mark.slow
 def test_resuming_two_processes_is_exact(torchrun, tmp_path):
-    flags = (*SHORT, "-n", 60, "--save-every", 10)
+    flags = (*SHORT, "-n", 60, "--eval-every", 10)
     finish(torchrun(*flags, "--out", tmp_path / "straight"))
     run = torchrun(*flags, "--out", tmp_path / "run")
     while not (tmp_path / "run" / "checkpoint.pt").exists():
@@ -158,7 +159,7 @@ def test_resuming_two_processes_is_exact(torchrun, tmp_path):
     run.send_signal(signal.SIGTERM)
     _, errors = run.communicate(timeout=60)
     assert run.returncode != 0 and "SIGTERM after step" in errors
-    assert 10 <= read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] < 60
+    assert 10 <= read_checkpoint(tmp_path / "run" / "checkpoint.pt")[0]["step"] < 60
     finish(torchrun("--load", tmp_path / "run"))
     expected, actual = state(tmp_path / "straight"), state(tmp_path / "run")
     assert expected.keys() == actual.keys()
@@ -166,10 +167,13 @@ def test_resuming_two_processes_is_exact(torchrun, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, error", [("-b 8", "cannot be shared equally"), ("-b 8 --eval-only", "leave torchrun out")]
+    "flags, error",
+    [("-b 8", "cannot be divided equally"), ("-b 9 --eval-only --load {run}", "cannot be combined with torchrun")],
 )
 def test_errors(flags, error, run_main, monkeypatch, tmp_path):
+    if "{run}" in flags:
+        assert run_main("-n", 1, "-b", 9, "--visdom", "off", "--out", tmp_path / "run").returncode == 0
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", 3), ("RANK", 0), ("LOCAL_RANK", 0)):
         monkeypatch.setenv(name, str(value))
-    finished = run_main(*flags.split(), "--out", tmp_path / "out")
+    finished = run_main(*flags.format(run=tmp_path / "run").split())
     assert finished.returncode == 2 and error in finished.stderr

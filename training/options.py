@@ -67,7 +67,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
     add("-lr", "--learning-rate", type=rate, default=2e-3, help="largest learning rate of model and guide")
     add("-blr", "--baseline-learning-rate", type=rate, default=2e-3, help="largest learning rate of the baseline")
     add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
-    add("--baseline", choices=["rnn", "none"], default="rnn", help="tracegraph's, against variance")
+    add("--baseline", choices=["rnn", "none"], help="tracegraph's, against variance (default: rnn)")
     add("--seed", type=seed, default=0, help="seed of training; the scenes are the same for all seeds")
     add("--cuda", action=argparse.BooleanOptionalAction, default=False, help="compute on the GPU")
 
@@ -87,6 +87,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
     add("--viz-every", **steps, help="draw the pictures")
     add(
         "--visdom",
+        type=visdom,
         default="auto",
         metavar="auto|off|URL",
         help="show the pictures on a visdom server; auto: if one runs here",
@@ -112,6 +113,13 @@ def seed(text: str) -> int:
     if not 0 <= int(text) < 2**32:
         raise ValueError
     return int(text)
+
+
+def visdom(text: str) -> str:
+    """An argparse type: where the pictures are shown."""
+    if text not in ("auto", "off") and "://" not in text:
+        raise argparse.ArgumentTypeError(f"expected auto, off or a URL such as http://localhost:8097, not {text!r}")
+    return text
 
 
 def positive(number: type, most: float = math.inf):
@@ -185,8 +193,10 @@ def check(args) -> None:
         if world_size > 1:
             raise UsageError("--eval-only cannot be combined with torchrun")
         return
-    if args.estimator == "traceenum":
-        args.baseline = "none"  # It samples no z_pres.
+    if args.estimator == "traceenum" and args.baseline == "rnn":
+        raise UsageError("--baseline rnn cannot be combined with traceenum, which samples no z_pres")
+    if args.baseline is None:
+        args.baseline = "none" if args.estimator == "traceenum" else "rnn"
     # A run's own checkpoint, not a copy or link of it somewhere else, is resumed where it is.
     own = args.load and args.load.name == "checkpoint.pt" and not args.load.is_symlink()
     own = own and is_run_folder(args.load.parent)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 import main
 import multi_mnist
-from air import AIR, read_checkpoint
+import training.run
+from training.checkpoint import load_air, read_checkpoint
+from training.run import read_metrics
 
 SHORT = ("-b", 8, "--visdom", "off")
 
@@ -29,8 +32,8 @@ def metrics(folder):
 
 def state(folder):
     """All that a run's future depends on, as one flat dictionary of tensors."""
-    checkpoint = read_checkpoint(folder / "checkpoint.pt")
-    flat = {"rng": checkpoint["rng"], **checkpoint["parameters"], **checkpoint["averages"]}
+    checkpoint = read_checkpoint(folder / "checkpoint.pt")[0]
+    flat = {"rng": checkpoint["rng"], **checkpoint["parameters"]}
     for number, moments in checkpoint["optimizer"]["state"].items():
         flat |= {f"{name} {number}": value for name, value in moments.items()}
     return flat
@@ -57,7 +60,7 @@ def wait_until(run, folder, step):
         time.sleep(0.005)
 
 
-LONG = [(300, flags) for flags in (("traceenum",), ("tracegraph",), ("tracegraph", "--baseline", "average"))]
+LONG = [(300, flags) for flags in (("traceenum",), ("tracegraph",))]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_resuming_is_exact(n, flags, start, run_main, tmp_path):
         _, errors = run.communicate(timeout=60)
         assert run.returncode == status, errors
         assert f"{signal.Signals(number).name} after step" in errors.splitlines()[-1] and "Traceback" not in errors
-        assert step <= read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] < step + n // 6
+        assert step <= read_checkpoint(tmp_path / "run" / "checkpoint.pt")[0]["step"] < step + n // 6
         assert (tmp_path / "run" / "attention.png").exists()
     finished = run_main("--load", tmp_path / "run", script=ROOT / "main.py")
     assert finished.returncode == 0, finished.stderr
@@ -90,21 +93,23 @@ def test_resuming_is_exact(n, flags, start, run_main, tmp_path):
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(kills, start, run_main, tmp_path, data_dir):
-    """A run that saves at every step, killed at random: whatever it leaves can be gone on with."""
+    """A run that saves at every second step, killed at random: whatever it leaves can be resumed."""
     folder, rng = tmp_path / "run", random.Random(kills)
-    flags = (*SHORT, "-n", 100_000, "--save-every", 2, "--eval-every", 3, "--viz-every", 7, "--out", folder)
+    flags = (*SHORT, "-n", 100_000, "--eval-every", 2, "--viz-every", 7, "--out", folder)
     reached = 0
     for _ in range(kills):
         resume = (folder / "checkpoint.pt").exists()
-        run = start(*(("--load", folder, *flags[4:]) if resume else (*flags, "--overwrite")))
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        run = start(*(("--load", folder) if resume else flags))
         wait_until(run, folder, reached + 3)
         time.sleep(rng.uniform(0, 1.5))
         run.kill()
         run.communicate()
-        evaluated = main.read_metrics(folder)[-1]["step"]
-        checkpoint = read_checkpoint(folder / "checkpoint.pt")  # complete, with its checksums
-        assert evaluated - 2 <= checkpoint["step"] and checkpoint["step"] >= reached
-        AIR.load(folder / "checkpoint.pt")
+        evaluated = read_metrics(folder)[-1]["step"]
+        checkpoint = read_checkpoint(folder / "checkpoint.pt")[0]  # complete, with its checksums
+        assert evaluated <= checkpoint["step"] and checkpoint["step"] >= reached
+        load_air(folder / "checkpoint.pt")
         reached = checkpoint["step"]
     finished = run_main("--load", folder, "-n", reached + 2, "--viz-every", 7)
     assert finished.returncode == 0, finished.stderr
@@ -119,7 +124,7 @@ import numpy as np
 import multi_mnist
 scenes = multi_mnist.compose(np.full((1, 28, 28), 9, np.uint8), np.zeros(1, int), 20_000, np.random.default_rng(0))
 while True:
-    multi_mnist.write_cache(Path({path!r}), scenes, multi_mnist.rule("train"))
+    multi_mnist.write_cache(Path({path!r}), scenes, multi_mnist.cache_key("train"))
     print("written", flush=True)
 """
 
@@ -134,12 +139,12 @@ def test_killed_while_it_writes_the_data(kills, tmp_path, capsys):
         time.sleep(rng.uniform(0, 0.2))
         writer.kill()
         writer.communicate()
-        scenes = multi_mnist.read_cache(path, multi_mnist.rule("train"))
+        scenes = multi_mnist.read_cache(path, multi_mnist.cache_key("train"))
         assert len(scenes.x) == 20_000 and not capsys.readouterr().err
     left = [file for file in tmp_path.iterdir() if file != path]
     for file in left:
         os.utime(file, (0, 0))
-    multi_mnist.write_cache(path, scenes, multi_mnist.rule("train"))
+    multi_mnist.write_cache(path, scenes, multi_mnist.cache_key("train"))
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -159,23 +164,13 @@ def test_a_full_disk(run_main, start, tmp_path):
     assert set(before) == {file.name for file in folder.iterdir()}
 
 
-def test_an_earlier_run_is_only_replaced_if_asked(run_main, tmp_path):
+def test_an_earlier_run_is_not_replaced(run_main, tmp_path):
     folder = tmp_path / "run"
     assert run_main(*SHORT, "-n", 2, "--out", folder).returncode == 0
-    (folder / "notes.txt").write_text("mine")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     finished = run_main(*SHORT, "-n", 1, "--out", folder)
-    assert finished.returncode == 2 and "--overwrite" in finished.stderr.splitlines()[-1]
-    finished = run_main(*SHORT, "-n", 1, "--out", tmp_path, "--overwrite")
-    assert finished.returncode == 2 and "not the folder of a run" in finished.stderr.splitlines()[-1]
+    assert finished.returncode == 2 and "already exists and is not empty" in finished.stderr.splitlines()[-1]
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"architectures": ["not ours"]}')
-    finished = run_main(*SHORT, "-n", 1, "--out", tmp_path / "other", "--overwrite")
-    assert finished.returncode == 2 and "not the folder of a run" in finished.stderr.splitlines()[-1]
-    assert run_main(*SHORT, "-n", 1, "--out", folder, "--overwrite").returncode == 0
-    assert read_checkpoint(folder / "checkpoint.pt")["step"] == 1 and (folder / "notes.txt").read_text() == "mine"
-    assert [line["step"] for line in metrics(folder)] == [1, 1]
 
 
 def test_a_folder_that_cannot_be_written_to(run_main, monkeypatch, tmp_path):
@@ -187,17 +182,16 @@ def test_a_folder_that_cannot_be_written_to(run_main, monkeypatch, tmp_path):
 
 def plant(monkeypatch, calls, value=float("nan")):
     """A NaN, or another value, in one pixel of the mini-batches (of 8) with these numbers."""
-    images, made = main.to_images, []
+    images, made = training.run.to_images, []
 
-    def planted(x, device="cpu"):
-        result = images(x, device)
-        if len(result) == 8:
-            made.append(result)
-            if len(made) in calls:
-                result[3, 20, 20] = value
+    def planted(x):
+        result = images(x)
+        made.append(result)
+        if len(made) in calls:
+            result[3, 20, 20] = value
         return result
 
-    monkeypatch.setattr(main, "to_images", planted)
+    monkeypatch.setattr(training.run, "to_images", planted)
 
 
 @pytest.mark.parametrize("estimator", ["tracegraph", "traceenum"])
@@ -206,61 +200,46 @@ def test_a_nan_in_a_mini_batch_is_not_learned_from(estimator, run_main, monkeypa
         plant(patch, [2, 5])
         finished = run_main(*SHORT, "-n", 6, "--estimator", estimator, "--out", tmp_path / "run")
     assert finished.returncode == 0
-    told = [line for line in finished.stderr.splitlines() if "was not taken" in line]
-    assert len(told) == 2 and "step 2 was" in told[0] and "step 4 was" in told[1]
-    assert all("site z_pres_0" in line for line in told)
+    told = [line for line in finished.stderr.splitlines() if "skipped" in line]
+    assert [line.split(":")[0] for line in told] == ["skipped step 2", "skipped step 4"]
     assert all(value.isfinite().all() for value in state(tmp_path / "run").values())
 
 
-@pytest.mark.parametrize("calls", [[1, 3], [3]])
-def test_a_fault_is_not_in_the_running_averages(calls, run_main, monkeypatch, tmp_path):
-    """A pixel that only the likelihood has a fault with: Pyro has noted the averages by then."""
-    plant(monkeypatch, calls, value=1e20)
-    finished = run_main(*SHORT, "-n", 6, "--baseline", "average", "--out", tmp_path / "run")
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stderr.count("was not taken") == len(calls)
-    saved = state(tmp_path / "run")
-    assert any(name.startswith("__baseline") for name in saved)
-    assert all(value.isfinite().all() for value in saved.values())
-
-
-def test_too_many_faults_end_a_run(run_main, monkeypatch, tmp_path):
+def test_too_many_skipped_steps_end_a_run(run_main, monkeypatch, tmp_path):
     plant(monkeypatch, [2, 4, 5])
-    finished = run_main(*SHORT, "-n", 6, "--save-every", 2, "--out", tmp_path / "run")
+    finished = run_main(*SHORT, "-n", 6, "--eval-every", 2, "--out", tmp_path / "run")
     assert finished.returncode == 1
-    assert (
-        "gave up, 3 steps" in finished.stderr.splitlines()[-1] and "checkpoint.pt" in finished.stderr.splitlines()[-1]
-    )
-    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+    hint, error = finished.stderr.splitlines()[-2:]
+    assert "3 of 100 steps were skipped" in error and f"--load {tmp_path / 'run'} resumes" in hint
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")[0]["step"] == 2
 
 
 @pytest.mark.parametrize("estimator", ["tracegraph", "traceenum"])
 def test_an_absurd_learning_rate(estimator, run_main, tmp_path):
     finished = run_main(*SHORT, "-n", 200, "--estimator", estimator, "-lr", 1e6, "--out", tmp_path / "run")
-    assert finished.returncode == 1 and finished.stderr.count("was not taken") == 3
-    assert "a smaller --learning-rate" in finished.stderr.splitlines()[-1]
+    assert finished.returncode == 1 and "a smaller --learning-rate" in finished.stderr.splitlines()[-1]
 
 
-def test_parameters_that_are_not_finite_are_not_saved(run_main, monkeypatch, tmp_path):
-    flags = (*SHORT, "-n", 4, "--save-every", 2, "--out", tmp_path / "run")
-    monkeypatch.setattr(main, "schedule", lambda step, num_steps: 1e300 if step == 3 else 1.0)
-    finished = run_main(*flags, "--eval-every", 1)
-    assert finished.returncode == 1 and "gave up" in finished.stderr.splitlines()[-1]
-    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
-    AIR.load(tmp_path / "run" / "checkpoint.pt")
+@pytest.mark.parametrize("stopped", [False, True])
+def test_parameters_that_are_not_finite_are_not_saved(stopped, run_main, monkeypatch, tmp_path):
+    """Neither when a checkpoint is due nor when a signal stops the run."""
+    folder = tmp_path / "run"
+    assert run_main(*SHORT, "-n", 2, "--out", folder).returncode == 0
+    before = (folder / "checkpoint.pt").read_bytes()
+    finish_step = training.run.Run.finish_step
 
+    def spoiled(run, loss):
+        with torch.no_grad():
+            next(run.air.parameters()).fill_(float("inf"))
+        if stopped:
+            run.processes.stop_signal, run.processes.should_stop = signal.SIGTERM, True
+        finish_step(run, loss)
 
-def test_other_errors_are_no_numerical_faults(run_main, monkeypatch, tmp_path):
-    guide = AIR.guide
-
-    def out_of_memory(air, x):
-        if len(x) == 8:  # a mini-batch
-            raise RuntimeError("out of memory")
-        return guide(air, x)
-
-    monkeypatch.setattr(AIR, "guide", out_of_memory)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run_main(*SHORT, "-n", 2, "--out", tmp_path / "run")
+    monkeypatch.setattr(training.run.Run, "finish_step", spoiled)
+    finished = run_main("--load", folder, "-n", 4, "--eval-every", 1)
+    assert finished.returncode == 1 and "not saved: after step 3" in finished.stderr.splitlines()[-1]
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    load_air(folder)
 
 
 def test_one_folder_has_one_run_at_a_time(run_main, tmp_path):
@@ -273,6 +252,23 @@ def test_one_folder_has_one_run_at_a_time(run_main, tmp_path):
     assert run_main(*SHORT, "-n", 1, "--out", folder).returncode == 0
 
 
+def test_all_is_written_before_the_folder_is_free(run_main, monkeypatch, tmp_path):
+    """The last evaluation and its pictures too."""
+    folder, locked = tmp_path / "run", []
+    show = main.Pictures.show
+
+    def watched(pictures, air, split, *args):
+        try:
+            FileLock(folder / ".lock").acquire(timeout=0)
+        except Timeout:
+            locked.append(split)
+        show(pictures, air, split, *args)
+
+    monkeypatch.setattr(main.Pictures, "show", watched)
+    assert run_main(*SHORT, "-n", 2, "--out", folder).returncode == 0
+    assert locked == ["validation", "validation", "test"]
+
+
 def test_a_copied_checkpoint_does_not_write_where_it_lies(run_main, tmp_path):
     folder, other = tmp_path / "run", tmp_path / "other"
     assert run_main(*SHORT, "-n", 1, "--out", folder).returncode == 0
@@ -281,11 +277,10 @@ def test_a_copied_checkpoint_does_not_write_where_it_lies(run_main, tmp_path):
     (other / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes())
     (other / "link.pt").symlink_to(folder / "checkpoint.pt")
     for name in ("checkpoint.pt", "link.pt"):
-        for flags in (("-n", 2), ("--redraw",)):
-            refused = run_main("--load", other / name, "--visdom", "off", *flags)
-            assert refused.returncode == 2 and "not in the folder of a run" in refused.stderr.splitlines()[-1]
-    gone_on = run_main("--load", other / "link.pt", "--visdom", "off", "-n", 2, "--out", tmp_path / "new")
-    assert gone_on.returncode == 0, gone_on.stderr
+        refused = run_main("--load", other / name, "--visdom", "off", "-n", 2)
+        assert refused.returncode == 2 and "not in the folder of a run" in refused.stderr.splitlines()[-1]
+    resumed = run_main("--load", other / "link.pt", "--visdom", "off", "-n", 2, "--out", tmp_path / "new")
+    assert resumed.returncode == 0, resumed.stderr
     assert {file.name for file in other.iterdir()} == {"config.json", "checkpoint.pt", "link.pt"}
     assert (other / "config.json").read_text() == "mine"
 
@@ -295,18 +290,21 @@ def test_damaged_metrics(line, run_main, tmp_path):
     folder = tmp_path / "run"
     assert run_main(*SHORT, "-n", 1, "--out", folder).returncode == 0
     (folder / "metrics.jsonl").write_text(f"{line}\n")
-    for flags in (("-n", 2), ("--redraw",)):
-        refused = run_main("--load", folder, "--visdom", "off", *flags)
-        assert refused.returncode == 2 and "metrics.jsonl is damaged" in refused.stderr.splitlines()[-1]
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    refused = run_main("--load", folder, "--visdom", "off", "-n", 2)
+    assert refused.returncode == 2 and "metrics.jsonl is damaged" in refused.stderr.splitlines()[-1]
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_when_nobody_reads_what_it_says(start, tmp_path):
-    """As in `python main.py 2>&1 | tee log`: Ctrl-C ends tee as well."""
+def test_ctrl_c_with_a_reader_that_it_ends_too(start, tmp_path):
+    """As in `python main.py 2>&1 | tee log`: the run is saved though nobody reads what it says."""
     folder = tmp_path / "run"
-    run = start(*SHORT, "-n", 100_000, "--eval-every", 1, "--out", folder)
-    wait_until(run, folder, 1)
-    run.stderr.close()
-    wait_until(run, folder, metrics(folder)[-1]["step"] + 3)
+    run = start(*SHORT, "-n", 100_000, "--eval-every", 1000, "--out", folder)
+    while not (folder / "attention.png").exists():
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.05)
+    time.sleep(2)
     run.send_signal(signal.SIGINT)
+    run.stderr.close()
     assert run.wait(timeout=60) == 130
-    assert read_checkpoint(folder / "checkpoint.pt")["step"] >= 4
+    assert read_checkpoint(folder)[0]["step"] > 4

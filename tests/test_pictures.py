@@ -1,0 +1,177 @@
+"""A run's pictures, against a real visdom server: what is shown there, and what happens when it goes away."""
+
+import base64
+import hashlib
+import http.server
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from dashboard_page import complete_page, free_port, screenshot, server
+from PIL import Image
+
+import training.pictures
+import viz
+from training.pictures import Pictures
+
+NAMES = {"attention", "reconstruction", "steps", "mistakes", "prior", "curves", "confusion"}
+SHORT = ["-b", "4", "--eval-every", "2", "--viz-every", "2"]
+
+
+def windows(port: int) -> dict[str, np.ndarray]:
+    """The pictures that the server has, by window id, asked over its own API."""
+    asked = viz.Dashboard(f"http://127.0.0.1:{port}", "air").client.get_window_data(env="air")
+    pictures = {}
+    for name, window in json.loads(asked).items():
+        assert window["type"] == "image" and window["title"]
+        kind, data = window["content"]["src"].split(",")
+        assert kind == "data:image/png;base64"
+        pictures[name] = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    return pictures
+
+
+def test_a_run_fills_the_dashboard_and_updates_it_in_place(run_main, tmp_path):
+    port = free_port()
+    with server(tmp_path, port):
+        where = ["--visdom", f"http://127.0.0.1:{port}"]
+        finished = run_main(*SHORT, "-n", 2, "--out", tmp_path / "run", *where)
+        assert finished.returncode == 0, finished.stderr
+        first = windows(port)
+        finished = run_main("--load", tmp_path / "run", "-n", 4, "--viz-every", 2, *where)
+        assert finished.returncode == 0, finished.stderr
+        second = windows(port)
+    assert set(first) == set(second) == NAMES
+    for name, picture in second.items():
+        file = np.asarray(Image.open(tmp_path / "run" / f"{name}.png"))
+        assert np.array_equal(picture, file) and min(file.shape[:2]) > 200
+    assert not np.array_equal(first["curves"], second["curves"])
+
+
+def test_a_server_on_this_machine_is_used_without_being_asked_for(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(viz, "Dashboard", lambda url, env: asked.append((url, env)))
+    Pictures(tmp_path, "auto", "air", 0)
+    Pictures(tmp_path, "off", "air", 0)
+    assert asked == [("http://localhost:8097", "air")]
+
+
+def test_mistakes_are_those_that_were_counted(run_main, monkeypatch, tmp_path):
+    """The picture shows the very inference of which metrics.jsonl has the accuracy."""
+    drawn = []
+    draw = training.pictures.draw
+
+    def watched(air, split, scenes, evaluation, lines, seed):
+        drawn.append((lines[-1:], float(np.mean(evaluation.counts == scenes.counts)), len(evaluation.counts)))
+        return draw(air, split, scenes, evaluation, lines, seed)
+
+    monkeypatch.setattr(training.pictures, "draw", watched)
+    assert run_main(*SHORT, "-n", 2, "--visdom", "off", "--out", tmp_path / "run").returncode == 0
+    for lines, accuracy, n in drawn[1:]:
+        assert lines[0]["count_accuracy"] == accuracy and lines[0]["images"] == n
+    assert len(drawn) == 3
+
+
+def test_training_survives_its_dashboard(data_dir, tmp_path):
+    port = free_port()
+    flags = [*SHORT, "-n", "12", "--out", str(tmp_path / "run"), "--data-dir", str(data_dir)]
+    command = [sys.executable, ROOT / "main.py", *flags, "--visdom", f"http://127.0.0.1:{port}"]
+    with server(tmp_path, port):
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while not (tmp_path / "run" / "curves.png").exists():
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.02)
+        assert run.poll() is None
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert errors.count("does not answer") == 1 and "Traceback" not in errors
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12, 12]
+
+
+def test_a_dashboard_that_comes_back_has_all_pictures(monkeypatch, tmp_path, capsys):
+    port = free_port()
+    pictures = {name: (f"Of {name}", np.full((40, 60, 3), 90, np.uint8)) for name in ("one", "two")}
+    shown = []
+    monkeypatch.setattr(training.pictures, "draw", lambda *args: {name: pictures[name] for name in shown})
+    for folder in ("before", "after", "pictures"):
+        (tmp_path / folder).mkdir()
+
+    def show(screen, *names):
+        shown[:] = names
+        screen.show(None, "test", None, None)
+
+    with server(tmp_path / "before", port):
+        screen = Pictures(tmp_path / "pictures", f"http://127.0.0.1:{port}", "air", 0)
+        show(screen, "one")
+        assert set(windows(port)) == {"one"}
+    pictures["one"][1][:] = 200
+    show(screen, "one", "two")
+    show(screen, "one", "two")
+    assert capsys.readouterr().err.count("does not answer") == 1
+    assert np.asarray(Image.open(tmp_path / "pictures" / "one.png")).mean() == 200
+    with server(tmp_path / "after", port):
+        show(screen, "one", "two")
+        there = windows(port)
+        assert set(there) == {"one", "two"} and there["one"].mean() == 200
+    show(screen, "one", "two")
+    assert capsys.readouterr().err.count("does not answer") == 1  # it had been back
+
+
+def test_a_url_with_everything_in_it(tmp_path):
+    """User, password and base path reach the server, which lets in nobody else."""
+    port, seen = free_port(), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append((self.path, json.loads(body) if self.path == "/base" else None, self.headers.get("Cookie")))
+            self.send_response(200)
+            self.send_header("Set-Cookie", "user_password=let-in; path=/")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as visdom:
+        threading.Thread(target=visdom.serve_forever, daemon=True).start()
+        viz.Dashboard(f"http://me:se%2Fcret@127.0.0.1:{port}/base/", "mine").show(
+            "a", "A", np.zeros((9, 9, 3), np.uint8)
+        )
+        visdom.shutdown()
+    password = hashlib.sha256(b"se/cret").hexdigest()
+    assert seen == [
+        ("/base", {"username": "me", "password": password}, None),
+        ("/base/env/mine", None, "user_password=let-in"),
+        ("/base/events", None, "user_password=let-in"),
+    ]
+
+
+def test_no_server(run_main, tmp_path):
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    finished = run_main(*SHORT, "-n", 2, "--out", tmp_path / "asked", "--visdom", nowhere)
+    assert finished.returncode == 2 and f"no visdom server answers at {nowhere}" in finished.stderr.splitlines()[-1]
+    assert not (tmp_path / "asked").exists()
+
+
+@pytest.mark.skipif(not shutil.which("npm"), reason="npm is missing: it fetches the JavaScript of visdom's page")
+@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is missing")
+def test_a_browser_shows_it(tmp_path):
+    try:
+        complete_page(tmp_path)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"npm could not fetch the files of visdom's page: {error.stderr.decode()[-200:]}")
+    port = free_port()
+    orange = np.zeros((200, 300, 3), np.uint8) + np.array([250, 130, 10], np.uint8)
+    with server(tmp_path, port):
+        viz.Dashboard(f"http://127.0.0.1:{port}", "air").show("orange", "Nothing but orange", orange)
+        screenshot(f"http://127.0.0.1:{port}/env/air", tmp_path / "page.png", 800, 600)
+    page = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
+    assert (np.abs(page - orange[0, 0]).max(-1) < 3).sum() > 5000
