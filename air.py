@@ -220,8 +220,7 @@ class AIR(nn.Module):
             p_more = self.exploration + (1 - 2 * self.exploration) * p_more
         seen = previous.seen
         if self.refine is not None:
-            # A pose divided by a number is a window so many times as wide, with the same centre.
-            crop = image_to_object(loc / GLIMPSE_WIDTH, x, self.window_size)
+            crop = image_to_object(loc, x, self.window_size, GLIMPSE_WIDTH)
             loc, scale, seen = self.refine(crop, loc, scale)
 
         baseline, options = previous.baseline, {}

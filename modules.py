@@ -30,13 +30,13 @@ def object_to_image(z_where: Tensor, objects: Tensor, image_size: int) -> Tensor
     return rows @ objects @ columns.mT
 
 
-def image_to_object(z_where: Tensor, images: Tensor, window_size: int) -> Tensor:
+def image_to_object(z_where: Tensor, images: Tensor, window_size: int, widen: float = 1.0) -> Tensor:
     """Crop windows `[batch, window_size, window_size]` at poses `[batch, 3]` out of images `[batch, h, h]`.
 
     The inverse of `object_to_image`: each window pixel interpolates the image bilinearly, with 0
-    outside the image.
+    outside the image. What is cropped is `widen` times as wide as the window, around the same centre.
     """
-    s, xy = split_pose(z_where)
+    s, xy = (part / widen for part in split_pose(z_where))
     centres = pixel_centres(window_size, z_where)
     columns, rows = bilinear_weights((centres - xy) / s, images.shape[-1]).unbind(1)
     return rows @ images @ columns.mT

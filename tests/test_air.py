@@ -78,7 +78,7 @@ def test_guide_density_by_hand(x, refine):
             p, loc, scale = air.predict(state[0])
             seen = torch.zeros(1, 0)
             if refine:
-                loc, scale, seen = air.refine(image_to_object(loc / 1.5, x[i : i + 1], 9), loc, scale)
+                loc, scale, seen = air.refine(image_to_object(loc, x[i : i + 1], 9, widen=1.5), loc, scale)
             if t == count:
                 expected += math.log(1 - p.item())
                 break

@@ -96,6 +96,21 @@ def test_identity_and_round_trip():
     torch.testing.assert_close(image_to_object(pose, object_to_image(pose, blob, 50), 28), blob, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("s", [0.5, 1.0, 1.1, 1.5, 3.0])
+def test_a_wider_crop_keeps_the_centre(s):
+    """Also of a window that is nearly, or more than, as large as the canvas."""
+    pose = torch.tensor([[s, 0.4, -0.3]], dtype=torch.float64)
+    x, y, w, h = pose_to_box(pose, 50)[0].tolist()
+    at = torch.arange(50) + 0.5
+    image = torch.exp(-((at[:, None] - y - h / 2) ** 2 + (at - x - w / 2) ** 2) / 8)[
+        None
+    ].double()  # a dot in its middle
+    crop = image_to_object(pose, image, 27, widen=1.5)[0]
+    assert crop.argmax() == 13 * 27 + 13
+    if s >= 1.5:
+        torch.testing.assert_close(crop, image_to_object(pose / 1.5, image, 27)[0])
+
+
 def test_gradients_by_finite_differences():
     pose = torch.tensor([[2.3, 0.41, -0.27], [1.4, -0.33, 0.62]], dtype=torch.float64, requires_grad=True)
     objects = torch.rand(2, 5, 5, dtype=torch.float64, requires_grad=True)
