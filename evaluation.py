@@ -27,9 +27,12 @@ class Evaluation(NamedTuple):
     first: Inference  # all about the first images, as arrays
 
 
-def evaluate(air: AIR, scenes: Scenes, batch_size: int | None = None, seed: int = 0) -> Evaluation:
+def evaluate(
+    air: AIR, scenes: Scenes, num_steps: int | None = None, batch_size: int | None = None, seed: int = 0
+) -> Evaluation:
     """Count accuracy, ELBO and the like on `scenes`, one sample of the guide per image.
 
+    num_steps: T, the most objects that can be found, if not as many as in training.
     With its own random numbers: whether and when it is called does not change a training run.
 
     The metrics are plain numbers, the part of a line of metrics.jsonl that is measured here:
@@ -39,11 +42,11 @@ def evaluate(air: AIR, scenes: Scenes, batch_size: int | None = None, seed: int 
     counts, or the RNN baseline, is None if there are none.
     """
     device = next(air.parameters()).device
-    batch_size = batch_size or default_batch_size(air)
+    num_steps, batch_size = num_steps or air.num_steps, batch_size or default_batch_size(air)
     with seeded_rng(device, seed):
         batches, first = [], []
         for start in range(0, len(scenes.x), batch_size):
-            seen = air.infer(scenes.x[start : start + batch_size])
+            seen = air.infer(scenes.x[start : start + batch_size], num_steps=num_steps)
             batches.append((seen.counts, seen.count_probs.argmax(-1), seen.elbo, seen.boxes))
             if start < KEPT_WHOLE:
                 first.append([part[: KEPT_WHOLE - start].cpu().numpy() for part in seen])
@@ -55,11 +58,11 @@ def evaluate(air: AIR, scenes: Scenes, batch_size: int | None = None, seed: int 
         "count_accuracy": None,
         "count_accuracy_mode": None,
         "confusion": None,
-        "last_step_rate": float((counts == air.num_steps).mean()),
+        "last_step_rate": float((counts == num_steps).mean()),
         "baseline_r2": r2,
     }
     if scenes.counts is not None:
-        confusion = np.zeros((scenes.counts.max() + 1, air.num_steps + 1), int)
+        confusion = np.zeros((scenes.counts.max() + 1, num_steps + 1), int)
         np.add.at(confusion, (scenes.counts, counts), 1)
         metrics["count_accuracy"] = float((counts == scenes.counts).mean())
         metrics["count_accuracy_mode"] = float((modes == scenes.counts).mean())

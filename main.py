@@ -29,9 +29,6 @@ from training.pictures import Pictures
 from training.run import Run, RunError, metrics_line
 from training.svi import count_ratio, make_svi, schedule
 
-# The prior on the count with --plain, at all times.
-PLAIN_COUNT_RATIO = 0.01
-
 
 def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro's; `Run.skip_step` says it
@@ -56,9 +53,8 @@ def train(args, checkpoint: dict | None) -> None:
     if checkpoint:
         air = build_air(checkpoint, args.load)
     else:
-        guide = {"refine": False, "exploration": 0.0} if args.plain else {}
-        size = train_scenes.x.shape[1]
-        air = AIR(args.model_steps, size, likelihood_sd=args.likelihood_sd, baseline=args.baseline, **guide)
+        options = {"likelihood_sd": args.likelihood_sd, "guide": args.guide, "baseline": args.baseline}
+        air = AIR(args.model_steps, image_size=train_scenes.x.shape[1], **options)
     check_size(train_scenes, air)
     air.to(processes.device)
     processes.broadcast(air.state_dict().values())
@@ -82,9 +78,9 @@ def train(args, checkpoint: dict | None) -> None:
 
         for x in run.mini_batches(train_x):
             rate = schedule(run.step, args.num_steps)
-            model_and_guide, baseline = adam.param_groups
-            model_and_guide["lr"], baseline["lr"] = rate * args.learning_rate, rate * args.baseline_learning_rate
-            air.set_count_prior(PLAIN_COUNT_RATIO if args.plain else count_ratio(run.step, args.num_steps))
+            for group, largest in zip(adam.param_groups, (args.learning_rate, args.baseline_learning_rate)):
+                group["lr"] = rate * largest
+            air.set_count_prior(count_ratio(run.step, args.num_steps))
             run.finish_step(svi.step(x))
 
             evaluation_is_due, pictures_are_due = run.is_due(args.eval_every), run.is_due(args.viz_every)
@@ -149,7 +145,8 @@ def evaluate_only(args, checkpoint: dict) -> dict:
     else:
         split, scenes = "test", load_split("test", args.data_dir)
     check_size(scenes, air)
-    return metrics_line(split, checkpoint["step"], checkpoint["seconds"], evaluate(air, scenes).metrics)
+    metrics = evaluate(air, scenes, args.model_steps).metrics
+    return metrics_line(split, checkpoint["step"], checkpoint["seconds"], metrics)
 
 
 def check_size(scenes: Scenes, air: AIR) -> None:

@@ -7,11 +7,15 @@ canvas, and larger `s` is a smaller window. `s` is taken to be at least 1 (`MIN_
 never larger than the canvas, and `1/s` never blows up.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 MIN_SCALE = 1.0
+# Mean and standard deviation of the prior on a pose.
+PosePrior = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 # -------------------------------------------------------------------------- spatial transformers
@@ -35,11 +39,13 @@ def image_to_object(z_where: Tensor, images: Tensor, window_size: int, widen: fl
 
     The inverse of `object_to_image`: each window pixel interpolates the image bilinearly, with 0
     outside the image. What is cropped is `widen` times as wide as the window, around the same centre.
+    Of k images side by side, `[batch, h, k * h]`, the crops are side by side, `[batch, w, k * w]`.
     """
     s, xy = (part / widen for part in split_pose(z_where))
     centres = pixel_centres(window_size, z_where)
-    columns, rows = bilinear_weights((centres - xy) / s, images.shape[-1]).unbind(1)
-    return rows @ images @ columns.mT
+    columns, rows = bilinear_weights((centres - xy) / s, images.shape[-2]).unbind(1)
+    crops = (rows @ images).unflatten(-1, (-1, images.shape[-2])).flatten(1, 2) @ columns.mT
+    return crops.unflatten(1, (window_size, -1)).flatten(2)
 
 
 def pose_to_box(z_where: Tensor, image_size: int) -> Tensor:
@@ -85,15 +91,15 @@ class MLP(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Parameterizes `q(z_what_t | x, z_where_t)`, a Normal, from the crop `x_att` `[batch, w, w]`."""
+    """Parameterizes `q(z_what_t | ..)`, a Normal, from a crop `[batch, .., w, w]` of `crop_size` pixels in all."""
 
-    def __init__(self, window_size: int, hidden_size: int, z_what_size: int):
+    def __init__(self, crop_size: int, hidden_size: int, z_what_size: int):
         super().__init__()
-        self.mlp = MLP(window_size**2, hidden_size, 2 * z_what_size)
+        self.mlp = MLP(crop_size, hidden_size, 2 * z_what_size)
 
-    def forward(self, x_att: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, crop: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the mean and the standard deviation, `[batch, z_what_size]` each."""
-        loc, scale = self.mlp(x_att.flatten(1)).chunk(2, -1)
+        loc, scale = self.mlp(crop.flatten(1)).chunk(2, -1)
         return loc, softplus(scale)
 
 
@@ -113,63 +119,149 @@ class Decoder(nn.Module):
         return torch.sigmoid(self.mlp(z_what) + self.bias).unflatten(-1, (self.window_size,) * 2)
 
 
-class Predict(nn.Module):
-    """Parameterizes `q(z_pres_t | ..)`, a Bernoulli, and `q(z_where_t | ..)`, a Normal, from the RNN's state.
+class RNNAttention(nn.Module):
+    """The paper's guide. Parameterizes `q(z_pres_t | ..)`, a Bernoulli, and `q(z_where_t | ..)`, a Normal.
 
-    `z_where` is predicted relative to its prior, so that the first guess is a plausible window.
+    An LSTM sees the image and, of the step before, pose and code. `z_where` is predicted relative to its
+    prior, so that the first guess is a plausible window. The encoder sees the image.
     """
 
-    def __init__(self, state_size: int, hidden_size: int, z_where_loc: Tensor, z_where_scale: Tensor):
+    pictures = 1  # that the encoder sees
+
+    def __init__(self, image_size: int, z_what_size: int, rnn_size: int, hidden_size: int, prior: PosePrior):
         super().__init__()
-        self.mlp = MLP(state_size, hidden_size, 1 + 2 * 3)
-        self.register_buffer("z_where_loc", z_where_loc, persistent=False)
-        self.register_buffer("z_where_scale", z_where_scale, persistent=False)
+        self.rnn = ImageLSTM(image_size, 3 + z_what_size, rnn_size)
+        self.predict = MLP(rnn_size, hidden_size, 1 + 2 * 3)
+        self.register_buffer("z_where_loc", torch.tensor(prior[0]), persistent=False)
+        self.register_buffer("z_where_scale", torch.tensor(prior[1]), persistent=False)
 
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the probability of `z_pres` `[batch]`, and mean and sd of `z_where`, `[batch, 3]` each."""
-        z_pres, loc, scale = self.mlp(h).split([1, 3, 3], -1)
-        return (
-            torch.sigmoid(z_pres[:, 0]),
-            self.z_where_loc + self.z_where_scale * loc,
-            self.z_where_scale * softplus(scale),
-        )
+    def start(self, x: Tensor) -> tuple:
+        """What is carried from step to step, before the first: the image's projection, and the LSTM's state."""
+        return self.rnn.project_image(x), self.rnn.start(len(x))
+
+    def forward(self, x: Tensor, canvas: Tensor, z_where: Tensor, z_what: Tensor, state: tuple) -> tuple:
+        """One step for images `[batch, h, h]`, of which `z_where` and `z_what` of the step before are known.
+
+        Returns the logit of `z_pres` `[batch]`, mean and sd of `z_where` `[batch, 3]` each, and the next state.
+        """
+        projection, state = state
+        state = self.rnn(projection, torch.cat([z_where, z_what], -1), state)
+        z_pres, loc, scale = self.predict(state[0]).split([1, 3, 3], -1)
+        loc, scale = self.z_where_loc + self.z_where_scale * loc, self.z_where_scale * softplus(scale)
+        return z_pres[:, 0], loc, scale, (projection, state)
+
+    def crop(self, z_where: Tensor, x: Tensor, canvas: Tensor, window_size: int) -> Tensor:
+        """What the encoder sees: the window in the image, `[batch, w, w]`."""
+        return image_to_object(z_where, x, window_size)
 
 
-class Refine(nn.Module):
-    """Corrects `q(z_where_t | ..)`, a Normal, after a look at the place it proposes.
+class ResidualAttention(nn.Module):
+    """A guide that looks at what is left: parameterizes `q(z_pres_t | ..)`, a Bernoulli, `q(z_where_t | ..)`, a Normal.
 
-    Seen from the window itself, a digit beside its middle looks the same wherever on the canvas it
-    is, so that this is learned once and not for every place. A pose's `x` and `y` are in units of
-    the window's half-width: what has to be added to them can be read off the crop.
+    Every step is the same: it sees the image and the residual, what the canvas does not explain yet, and has no
+    memory. So what it learns of one more object holds for any number of them.
+
+    1. The canvas is thickened before it is taken off the image: otherwise the edges of an imperfectly painted
+       object look like one more object.
+    2. One place is chosen, where most is left in about an object's size, and less around it. (The mean of two
+       places would be a place between two objects, where there is nothing.)
+    3. A network looks at that place, twice as wide as an ordinary window, and proposes a window; another looks at
+       the window, corrects it and decides whether there is one more object.
+
+    The place has no parameters, and no gradient passes through the canvas: what an earlier object has to do with
+    later ones is left out of the gradient, which is biased by that. (With it, training is unstable.)
     """
 
-    def __init__(self, window_size: int, hidden_size: int, z_where_scale: Tensor):
+    pictures = 2
+    first_look, second_look = 2.0, 1.5  # how wide, in widths of the window
+
+    def __init__(self, image_size: int, window_size: int, hidden_size: int, prior: PosePrior):
         super().__init__()
+        self.window_size = window_size
+        window = image_size / prior[0][0]  # an ordinary one, in canvas pixels
+        self.thickness = 2 * round(window / 8) + 1
+        # Sums over squares are products with matrices of ones near the diagonal, from both sides.
+        pixels = torch.arange(image_size)
+        apart = (pixels[:, None] - pixels).abs()
+        for name, width in (("inner", 0.78 * window), ("outer", 1.5 * window)):
+            band = (apart <= round((width - 1) / 2)).float()
+            self.register_buffer(name, band / band[image_size // 2].sum(), persistent=False)
+        self.register_buffer("centres", pixel_centres(image_size, band), persistent=False)
+        self.register_buffer("z_where_loc", torch.tensor(prior[0]), persistent=False)
+        self.register_buffer("z_where_scale", torch.tensor(prior[1]), persistent=False)
+        self.look = nn.Sequential(nn.Flatten(), nn.Linear(2 * window_size**2, hidden_size), nn.ReLU())
+        self.propose = nn.Linear(hidden_size, 2 * 3)
+        self.look_closer = ConvNet(2, window_size, hidden_size)
+        self.correct = nn.Linear(hidden_size, 2 * 3)
+        nn.init.zeros_(self.correct.weight)  # At first it changes nothing.
+        nn.init.zeros_(self.correct.bias)
+        self.present = MLP(2 * hidden_size, 100, 1)
+
+    def start(self, x: Tensor) -> tuple:
+        """It carries nothing from step to step."""
+        return ()
+
+    @torch.no_grad()
+    def residual(self, x: Tensor, canvas: Tensor) -> Tensor:
+        """What the thickened canvas leaves of the image, `[batch, h, h]`."""
+        size, reach = x.shape[-1], self.thickness // 2
+        thick = pad(canvas, (reach,) * 4)
+        # The largest of shifted copies, along y and then along x: much faster here than max_pool2d.
+        thick = reduce(torch.maximum, (thick[:, i : i + size] for i in range(self.thickness)))
+        thick = reduce(torch.maximum, (thick[..., i : i + size] for i in range(self.thickness)))
+        return (x - thick).clamp(min=0)
+
+    @torch.no_grad()
+    def place(self, residual: Tensor) -> Tensor:
+        """The place `[batch, 2]`, (x, y) in canvas coordinates, of which most is left."""
+        size = residual.shape[-1]
+        score = self.inner @ residual @ self.inner - self.outer @ residual @ self.outer
+        at = score.flatten(1).argmax(-1)
+        return torch.stack([self.centres[at % size], self.centres[at // size]], -1)
+
+    def forward(self, x: Tensor, canvas: Tensor, z_where: Tensor, z_what: Tensor, state: tuple) -> tuple:
+        """One step for images and canvases `[batch, h, h]`; the step before is not looked at.
+
+        Returns the logit of `z_pres` `[batch]`, mean and sd of `z_where` `[batch, 3]` each, and the (empty) state.
+        """
+        residual = self.residual(x, canvas)
+        place, pictures = self.place(residual), torch.cat([residual, x], -1)
+        s = self.z_where_loc[0]
+        window = torch.cat([s.expand(len(x), 1), -s * place], -1)
+        seen = self.look(image_to_object(window, pictures, self.window_size, self.first_look))
+        shift, scale = self.propose(seen).chunk(2, -1)
+        s = s + self.z_where_scale[0] * shift[:, :1]
+        loc = torch.cat([s, 0.6 * shift[:, 1:] - s * place], -1)
+        seen_closer = self.look_closer(image_to_object(loc, pictures, self.window_size, self.second_look))
+        shift, factor = self.correct(seen_closer).chunk(2, -1)
+        loc = loc + self.z_where_scale * shift
+        scale = self.z_where_scale * softplus(scale) * 2 * torch.sigmoid(factor)
+        return self.present(torch.cat([seen, seen_closer], -1))[:, 0], loc, scale, ()
+
+    def crop(self, z_where: Tensor, x: Tensor, canvas: Tensor, window_size: int) -> Tensor:
+        """What the encoder sees: the window in what the canvas lacks and in the image, `[batch, w, 2 * w]`."""
+        return image_to_object(z_where, torch.cat([x - canvas, x], -1), window_size)
+
+
+class ConvNet(nn.Sequential):
+    """Features `[batch, size]` of pictures side by side, `[batch, w, pictures * w]`, by two convolutions."""
+
+    def __init__(self, pictures: int, window_size: int, size: int):
         if window_size < 9:
             raise ValueError(f"window_size must be at least 9 for two convolutions, not {window_size}")
         side = ((window_size - 5) // 2 + 1 - 3) // 2 + 1
-        self.look = nn.Sequential(
-            nn.Conv2d(1, 16, 5, stride=2),
+        super().__init__(
+            nn.Conv2d(pictures, 16, 5, stride=2),
             nn.ReLU(),
             nn.Conv2d(16, 32, 3, stride=2),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(32 * side**2, hidden_size),
+            nn.Linear(32 * side**2, size),
             nn.ReLU(),
         )
-        self.correct = nn.Linear(hidden_size, 2 * 3)
-        self.register_buffer("z_where_scale", z_where_scale, persistent=False)
-        nn.init.zeros_(self.correct.weight)  # At first it changes nothing.
-        nn.init.zeros_(self.correct.bias)
 
-    def forward(self, crop: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From a crop `[batch, w, w]` around the proposed window: mean and sd, corrected, and features of what is seen.
-
-        Shapes `[batch, 3]`, `[batch, 3]` and `[batch, hidden_size]`.
-        """
-        seen = self.look(crop[:, None])
-        shift, factor = self.correct(seen).chunk(2, -1)
-        return loc + self.z_where_scale * shift, scale * 2 * torch.sigmoid(factor), seen
+    def forward(self, pictures: Tensor) -> Tensor:
+        return super().forward(pictures.unflatten(-1, (-1, pictures.shape[1])).transpose(1, 2))
 
 
 class ImageLSTM(nn.Module):

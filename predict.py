@@ -20,7 +20,9 @@ import viz
 from air import AIR
 from images import letterbox, read_images
 from training.checkpoint import load_air
-from training.options import UsageError, one_line, one_line_errors
+from training.options import UsageError, one_line, one_line_errors, positive
+
+MOST_OBJECTS = 8  # that are looked for, whatever the run was trained with: its guide needs no other to find them
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,6 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder or checkpoint")
     parser.add_argument("images", type=Path, metavar="IMAGES", help="an image, an .npz, or a folder of them")
+    parser.add_argument(
+        "-t", "--model-steps", type=positive(int, 50), metavar="T", help="most objects that are looked for (default: 8)"
+    )
     parser.add_argument("--invert", action="store_true", help="the images are dark on light")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to put a picture of each image with its boxes")
     args = parser.parse_args(argv)
@@ -41,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
             args.out.mkdir(parents=True, exist_ok=True)
             if any(args.out.iterdir()):
                 raise UsageError(f"--out {args.out} already exists and is not empty; name another folder")
-        for i, result in enumerate(predict(air, args.images, args.invert, args.out)):
+        num_steps = args.model_steps or (MOST_OBJECTS if air.config["guide"] == "residual" else None)
+        for i, result in enumerate(predict(air, args.images, args.invert, args.out, num_steps)):
             print(",\n" if i else "[", json.dumps(result), sep="", end="")
             if "error" in result:
                 failed += 1
@@ -50,7 +56,14 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(1 if failed else 0)
 
 
-def predict(air: AIR, path: Path, invert: bool = False, folder: Path | None = None, batch_size=32) -> Iterator[dict]:
+def predict(
+    air: AIR,
+    path: Path,
+    invert: bool = False,
+    folder: Path | None = None,
+    num_steps: int | None = None,
+    batch_size: int = 32,
+) -> Iterator[dict]:
     """What is in the images at `path`: an image file, an .npz file (see `images.load_arrays`), or a folder of these.
 
     Yields a dictionary for each image, of plain values: file; index (within an .npz); count, the
@@ -59,6 +72,7 @@ def predict(air: AIR, path: Path, invert: bool = False, folder: Path | None = No
     file and error. Nothing is sampled: see `AIR.infer`.
 
     folder: where to put a picture of each image with its boxes, if anywhere.
+    num_steps: T, the most objects that can be found, if not as many as in training.
     """
     files = [path]
     if path.is_dir():
@@ -67,14 +81,14 @@ def predict(air: AIR, path: Path, invert: bool = False, folder: Path | None = No
     while batch := list(itertools.islice(images, batch_size)):
         readable = [(result, image) for result, image in batch if image is not None]
         if readable:
-            count_and_find(air, readable, folder)
+            count_and_find(air, readable, folder, num_steps)
         yield from (result for result, _ in batch)
 
 
-def count_and_find(air: AIR, batch: list[tuple[dict, np.ndarray]], folder: Path | None) -> None:
+def count_and_find(air: AIR, batch: list[tuple[dict, np.ndarray]], folder: Path | None, num_steps: int | None) -> None:
     """Add to what is known of each image what is in it; draw it, if there is a folder for the pictures."""
     canvases, places = zip(*(letterbox(image, air.image_size) for _, image in batch))
-    seen = air.infer(np.stack(canvases), sample=False)
+    seen = air.infer(np.stack(canvases), sample=False, num_steps=num_steps)
     probs, boxes = seen.count_probs.cpu().numpy(), seen.boxes.cpu().numpy()
     for (result, image), (left, top, across, down), prob, box in zip(batch, places, probs, boxes):
         count = int(prob.argmax())

@@ -66,9 +66,9 @@ def draw_steps(images, boxes, counts, x_att, y_att, canvases, count_probs, title
     """How each scene is taken apart, one in a row: the image, what every step saw and painted, and q(count).
 
     images `[n, h, w]`, boxes `[n, T, 4]`, counts `[n]`, x_att and y_att `[n, T, w, w]`, canvases
-    `[n, T + 1, h, h]`, count_probs `[n, T + 1]`. Steps that were not used stay empty.
+    `[n, T + 1, h, h]`, count_probs `[n, T + 1]`. Steps that a scene did not use stay empty.
     """
-    num_steps = x_att.shape[1]
+    num_steps = int(max(counts, default=0))  # no columns that no scene uses
     axis = sheet(len(images), 2 + 3 * num_steps, title)
     for row, count in enumerate(counts):
         draw_image(axis, (row, 0), images[row], boxes[row][:count])

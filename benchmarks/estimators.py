@@ -41,7 +41,7 @@ ESTIMATORS = {
     "tracegraph, RNN": ("tracegraph", "rnn"),
     "tracegraph, none": ("tracegraph", "none"),
 }
-GROUPS = ("decode", "rnn", "predict", "refine", "encode")
+GROUPS = ("decode", "attend", "encode")
 ACCURACIES = (0.90, 0.95, 0.98)
 MIDDLE = 500  # the second point at which the noise is measured; the others are the start and the end
 
@@ -92,7 +92,7 @@ def gradients(name: str, checkpoint: dict, step: int, x: torch.Tensor, args) -> 
     air.load_state_dict(checkpoint["parameters"], strict=baseline == "rnn")
     air.set_count_prior(count_ratio(step, args.num_steps))
     pyro.set_rng_seed(0)
-    svi, _ = make_svi(air, estimator)
+    svi, _ = make_svi(air, estimator, clip=False)
     rows = {group: [] for group in GROUPS}
     for _ in range(args.draws):
         air.zero_grad()
@@ -154,7 +154,7 @@ def draw(runs: dict, noises: dict, path: Path) -> None:
     left.legend()
     width = 0.8 / len(runs)
     for i, name in enumerate(runs):
-        values = [row[name]["predict"] for row in noises.values()]
+        values = [row[name]["attend"] for row in noises.values()]
         right.bar(np.arange(len(values)) + i * width, values, width, label=name)
     right.set_xticks(np.arange(len(noises)) + 0.4 - width / 2, [f"step {step}" for step in noises])
     right.set(yscale="log", title="variance / squared mean of the gradient\nof the network that chooses z_pres")

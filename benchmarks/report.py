@@ -41,6 +41,7 @@ SIZES = (12, 16, 19, 21, 24, 28, 32)  # pixels; an ordinary digit is drawn 18 to
 PROBED = (5000, 2000)  # scenes that a probe is trained and tested on
 ITERATIONS = {"linear": 100, "mlp": 30}  # that a probe is given
 UNUSUAL = 1000  # scenes of each unusual kind
+MOST_STEPS = 8  # T, where there are more digits than in training
 PEERS = {"elbo": 627.4, "bound": 636.8}  # of addtt/attend-infer-repeat-pytorch, by its README
 
 
@@ -89,14 +90,14 @@ def report(air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray) ->
     return measured, pictures | disentangling(air, seen, codes, pairs, scenes)
 
 
-def look(air: AIR, x: np.ndarray) -> tuple[Inference, np.ndarray]:
+def look(air: AIR, x: np.ndarray, num_steps: int | None = None) -> tuple[Inference, np.ndarray]:
     """One sample of the guide for all images, as arrays, and the codes `[n, T, z_what_size]`."""
     device, batch_size = next(air.parameters()).device, default_batch_size(air)
     batches, codes = [], []
     with seeded_rng(device), torch.no_grad():
         for start in range(0, len(x), batch_size):
-            seen = air.infer(x[start : start + batch_size])
-            codes.append(air.encode(seen.x_att.flatten(0, 1))[0].unflatten(0, seen.x_att.shape[:2]).cpu().numpy())
+            seen = air.infer(x[start : start + batch_size], num_steps=num_steps)
+            codes.append(seen.z_what_mean.cpu().numpy())
             seen = seen._replace(canvases=seen.counts, reconstruction=seen.counts)  # not looked at, and large
             batches.append([part.cpu().numpy() for part in seen])
     return Inference(*map(np.concatenate, zip(*batches))), np.concatenate(codes)
@@ -240,12 +241,15 @@ def probes() -> dict:
 
 
 def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> tuple[dict, dict]:
-    """Scenes such as it was not trained on: three digits, and none to two of another size."""
-    n, columns, measured, pictures = UNUSUAL, 10, {}, {}
-    three = compose(digits, classes, n, np.random.default_rng(3), air.image_size, 3, min_digits=3)
-    seen, _ = look(air, three.x)
-    measured["three_digits"] = counted(seen, three)
-    pictures["three digits: true count → inferred"] = drawn(three, seen, 2 * columns)
+    """Scenes such as it was not trained on: three to five digits, and none to two of another size."""
+    n, columns, measured, pictures = UNUSUAL, 10, {"more_digits": []}, {}
+    for digits_in_it in (3, 4, 5):
+        rng = np.random.default_rng(digits_in_it)
+        scenes = compose(digits, classes, n, rng, air.image_size, digits_in_it, min_digits=digits_in_it)
+        for num_steps in {3: (3, MOST_STEPS)}.get(digits_in_it, (MOST_STEPS,)):
+            seen, _ = look(air, scenes.x, num_steps)
+            measured["more_digits"].append({"digits": digits_in_it, "steps": num_steps} | counted(seen, scenes))
+        pictures[f"{digits_in_it} digits: true count → inferred"] = drawn(scenes, seen, columns)
     measured["sizes"] = []
     for size in SIZES:
         shrink = (DIGIT_SIZE / (size + 0.5), 0.0)  # `compose` rounds down
@@ -259,12 +263,11 @@ def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> tuple[d
 
 def counted(seen: Inference, scenes: Scenes) -> dict:
     accuracy = mean(seen.counts == scenes.counts)
-    steps = seen.count_probs.shape[1]
     return {
         "images": len(scenes.x),
         "count_accuracy": accuracy,
         "count_accuracy_interval": interval(accuracy, len(scenes.x)),
-        "inferred_counts": np.bincount(seen.counts, minlength=steps).tolist(),
+        "inferred_counts": np.bincount(seen.counts, minlength=MOST_STEPS + 1).tolist(),
     }
 
 
@@ -300,7 +303,7 @@ def disentangling(air: AIR, seen: Inference, codes: np.ndarray, pairs: Pairs, sc
         z_where, z_what = (np.tile(part[right[0], :, None], (1, len(paths), 1)) for part in (seen.z_where, seen.z_what))
         z_where[0] = paths
         z_where, z_what = (torch.tensor(part, dtype=torch.float32, device=device) for part in (z_where, z_what))
-        canvases = air.paint(z_where, z_what)[1][2].cpu().numpy().clip(0, 1)
+        canvases = air.canvases(tuple(z_where), tuple(z_what))[2].cpu().numpy().clip(0, 1)
         boxes = pose_to_box(z_where[0], air.image_size)[:, None].cpu().numpy()
         name = "moved z_where: one digit of a scene in other places and sizes, its code kept"
         pictures[name] = viz.draw_scenes(canvases, boxes, columns=columns, labels=["to the right", "down", "larger"])
@@ -410,7 +413,7 @@ def page(title: str, measured: dict, pictures: dict) -> str:
         ),
         "<h2>Scenes of another kind</h2><p>In training, there are none to two digits, 21 pixels wide in the mean.</p>",
         table(
-            ["", "scenes", "right count", "95% interval", *(f"inferred {n}" for n in range(steps))],
+            ["", "scenes", "right count", "95% interval", *(f"inferred {n}" for n in range(MOST_STEPS + 1))],
             *(
                 [
                     name,
@@ -419,7 +422,9 @@ def page(title: str, measured: dict, pictures: dict) -> str:
                     span(part, "count_accuracy"),
                     *(f"{n:,}" for n in part["inferred_counts"]),
                 ]
-                for name, part in [("three digits", other["three_digits"])]
+                for name, part in [
+                    (f"{part['digits']} digits, T = {part['steps']}", part) for part in other["more_digits"]
+                ]
                 + [(f"none to two digits, {part['size_px']} px wide", part) for part in other["sizes"]]
             ),
         ),

@@ -2,9 +2,9 @@
 
     python benchmarks/sprites.py sprites.npz
 
-Each scene, 64 pixels wide, has none to three shapes, each number equally often; each a square, a disc
-or a triangle, 12 to 20 pixels wide, of a grey between 0.5 and 1, anywhere where its box does not
-overlap another's. The file has `x`, uint8 `[n, 64, 64]`, and `counts` `[n]`.
+Each scene, 64 pixels wide, has none to three shapes (or as many as `--shapes` says), each number equally
+often; each a square, a disc or a triangle, 12 to 20 pixels wide, of a grey between 0.5 and 1, anywhere
+where its box does not overlap another's. The file has `x`, uint8 `[n, 64, 64]`, and `counts` `[n]`.
 """
 
 import argparse
@@ -14,18 +14,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE, MOST, FINER = 64, 3, 4  # pixels; shapes in a scene; drawn so many times as large, for soft edges
+SIZE, FINER = 64, 4  # pixels; drawn so many times as large, for soft edges
 
 
-def sprites(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    counts = rng.integers(0, MOST + 1, size=n)
+def sprites(n: int, rng: np.random.Generator, least: int = 0, most: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    counts = rng.integers(least, most + 1, size=n)
     return np.stack([scene(count, rng) for count in counts]), counts
 
 
 def scene(count: int, rng: np.random.Generator) -> np.ndarray:
     image = Image.new("L", (SIZE * FINER, SIZE * FINER))
     boxes = []
-    while len(boxes) < count:
+    for attempt in range(10_000):
+        if len(boxes) == count:
+            break
+        if attempt % 1000 == 999:  # The first ones left no room.
+            image, boxes = Image.new("L", image.size), []
         width = rng.uniform(12, 20)
         x, y = rng.uniform(0, SIZE - width, size=2)
         if any(overlap(x, u, width, w) and overlap(y, v, width, w) for u, v, w in boxes):
@@ -40,6 +44,8 @@ def scene(count: int, rng: np.random.Generator) -> np.ndarray:
                 draw.ellipse((left, top, right, bottom), fill=grey)
             case 2:
                 draw.polygon([(left, bottom), (right, bottom), ((left + right) / 2, top)], fill=grey)
+    else:
+        raise ValueError(f"{count} shapes do not fit on a canvas of {SIZE} pixels")
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
@@ -51,15 +57,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make scenes of filled shapes.")
     parser.add_argument("file", type=Path)
     parser.add_argument("-n", type=int, default=30_000, help="scenes (default: %(default)s)")
+    parser.add_argument("--shapes", type=int, nargs=2, default=(0, 3), metavar=("LEAST", "MOST"), help="in a scene")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.file.suffix != ".npz" or args.n < 1:
-        parser.error("expected a file that ends in .npz, and at least one scene")
+    least, most = args.shapes
+    if args.file.suffix != ".npz" or args.n < 1 or not 0 <= least <= most:
+        parser.error("expected a file that ends in .npz, at least one scene, and LEAST at most MOST")
     if args.file.exists():
         sys.exit(f"{args.file} already exists")
-    x, counts = sprites(args.n, np.random.default_rng(args.seed))
+    try:
+        x, counts = sprites(args.n, np.random.default_rng(args.seed), least, most)
+    except ValueError as error:
+        sys.exit(f"{error}")
     np.savez_compressed(args.file, x=x, counts=counts)
-    print(f"{args.file}: {len(x):,} scenes of {SIZE}x{SIZE} pixels with 0 to {MOST} shapes")
+    print(f"{args.file}: {len(x):,} scenes of {SIZE}x{SIZE} pixels with {least} to {most} shapes")
 
 
 if __name__ == "__main__":

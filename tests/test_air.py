@@ -11,6 +11,7 @@ from air import AIR
 from modules import image_to_object, object_to_image
 
 SMALL = {"image_size": 50, "window_size": 9, "z_what_size": 4, "rnn_size": 16, "hidden_size": 12, "baseline_size": 8}
+SMALL |= {"look_size": 10}
 
 
 @pytest.fixture
@@ -63,31 +64,85 @@ def test_model_density_by_hand(air, x):
         assert float(actual[i]) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("refine", [True, False])
-def test_guide_density_by_hand(x, refine):
-    air = AIR(**SMALL, refine=refine).double().eval()
-    if refine:
-        nn.init.normal_(air.refine.correct.weight, std=0.3)
+def residual_step_by_hand(air, x, canvas):
+    """What the residual guide proposes for one image `[1, h, h]`, with loops over pixels where it has products."""
+    net, n = air.attend, x.shape[-1]
+    thick = torch.stack(
+        [canvas[0, max(i - 2, 0) : i + 3, max(j - 2, 0) : j + 3].max() for i in range(n) for j in range(n)]
+    ).view(1, n, n)
+    residual = (x - thick).clamp(min=0)
+
+    def mean_around(i, j, reach):  # outside the image there is nothing
+        return (
+            residual[0, max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1].sum()
+            / (2 * reach + 1) ** 2
+        )
+
+    score = {(i, j): mean_around(i, j, 6) - mean_around(i, j, 12) for i in range(n) for j in range(n)}
+    i, j = max(score, key=score.get)
+    place = (torch.tensor([j, i]).double() * 2 + 1) / n - 1
+
+    def look(network, pose, widen):
+        crops = [image_to_object(pose, picture, 9, widen) for picture in (residual, x)]
+        return network(torch.cat(crops, -1))
+
+    first = look(air.attend.look, torch.cat([torch.tensor([3.0]).double(), -3 * place])[None], 2.0)
+    shift, scale = net.propose(first).chunk(2, -1)
+    s = 3 + 0.2 * shift[0, 0]
+    loc = torch.stack([s, 0.6 * shift[0, 1] - s * place[0], 0.6 * shift[0, 2] - s * place[1]])[None]
+    second = look(net.look_closer, loc, 1.5)
+    correction, factor = net.correct(second).chunk(2, -1)
+    units = torch.tensor([0.2, 1, 1])
+    p = torch.sigmoid(net.present(torch.cat([first, second], -1)))[0, 0]
+    scale = units * torch.nn.functional.softplus(scale) * 2 * torch.sigmoid(factor)
+    return p, loc + units * correction, scale
+
+
+@pytest.mark.parametrize("kind", ["residual", "rnn"])
+def test_guide_density_by_hand(x, kind):
+    """One image at a time, object by object, stopping at the first z_pres = 0."""
+    air = AIR(**SMALL, guide=kind).double().eval()
+    if kind == "residual":
+        nn.init.normal_(air.attend.correct.weight, std=0.3)
+    nn.init.constant_(air.decode.mlp[-1].bias, 3.0)  # so that the canvas matters
     values = choices(COUNTS)
     actual = log_density(air.guide, x, values)
     for i, count in enumerate(COUNTS):
-        # The RNN's inputs: the last pose (3), code (4) and, with the second look, what it saw (12).
-        expected, previous, state = 0.0, torch.zeros(1, 3 + 4 + (12 if refine else 0)).double(), air.rnn.start(1)
+        image, expected, canvas = x[i : i + 1], 0.0, torch.zeros(1, 50, 50).double()
+        previous, state = torch.zeros(1, 3 + 4).double(), air.attend.start(image)
         for t in range(3):
-            state = air.rnn(air.rnn.project_image(x[i : i + 1]), previous, state)
-            p, loc, scale = air.predict(state[0])
-            seen = torch.zeros(1, 0)
-            if refine:
-                loc, scale, seen = air.refine(image_to_object(loc, x[i : i + 1], 9, widen=1.5), loc, scale)
+            if kind == "residual":
+                p, loc, scale = residual_step_by_hand(air, image, canvas)
+            else:
+                projection, rnn = state
+                rnn = air.attend.rnn(projection, previous, rnn)
+                p, loc, scale = air.attend.predict(rnn[0]).split([1, 3, 3], -1)
+                p, units = torch.sigmoid(p)[0, 0], torch.tensor([0.2, 1, 1])
+                loc = torch.tensor([3.0, 0, 0]) + units * loc
+                scale, state = units * torch.nn.functional.softplus(scale), (projection, rnn)
             if t == count:
                 expected += math.log(1 - p.item())
                 break
             z_where, z_what = values[f"z_where_{t}"][i : i + 1], values[f"z_what_{t}"][i : i + 1]
             expected += math.log(p.item()) + normal(z_where, loc.detach(), scale.detach())
-            loc, scale = air.encode(image_to_object(z_where, x[i : i + 1], 9))
+            pictures = (image - canvas, image) if kind == "residual" else (image,)
+            crop = torch.cat([image_to_object(z_where, picture, 9) for picture in pictures], -1)
+            loc, scale = air.encode(crop)
             expected += normal(z_what, loc.detach(), scale.detach())
-            previous = torch.cat([z_where, z_what, seen], 1)
+            canvas = canvas + object_to_image(z_where, air.decode(z_what), 50).detach()
+            previous = torch.cat([z_where, z_what], 1)
         assert float(actual[i]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_step_of_the_residual_guide_depends_on_what_is_left_only(x):
+    """What an object leaves of the image, not which step it is: the reason why it counts what it has not seen."""
+    air = AIR(**SMALL).double().eval()
+    canvas = 0.7 * x.flip(0)
+    torch.manual_seed(0)
+    for state in ((), ((torch.rand(3),),)):
+        first = air.attend(x, canvas, torch.zeros(6, 3).double(), torch.zeros(6, 4).double(), state)
+        other = air.attend(x, canvas, torch.rand(6, 3).double(), torch.rand(6, 4).double(), state)
+        assert all(torch.equal(a, b) for a, b in zip(first[:3], other[:3]))
 
 
 def test_steps_after_the_last_object_contribute_nothing(air, x):
@@ -109,29 +164,48 @@ def test_steps_after_the_last_object_contribute_nothing(air, x):
         assert torch.equal(in_model, in_guide) and complete.any()
 
 
-def test_exploration_only_while_training(x):
-    air = AIR(**SMALL, exploration=0.1).double()
+def last_layer_of_presence(air):
+    return air.attend.present[-1] if air.config["guide"] == "residual" else air.attend.predict[-1]
+
+
+@pytest.mark.parametrize("kind", ["residual", "rnn"])
+def test_exploration_only_while_training(x, kind):
+    air = AIR(**SMALL, guide=kind, exploration=0.1).double()
     with torch.no_grad():
-        air.predict.mlp[-1].bias[0] = -1000.0  # the guide is sure that there is nothing
+        last_layer_of_presence(air).bias[0] = -1000.0  # the guide is sure that there is nothing
     assert air.guide(x)[0].p_more.tolist() == pytest.approx([0.1] * 6)
     with torch.no_grad():
-        air.predict.mlp[-1].bias[0] = 1000.0
+        last_layer_of_presence(air).bias[0] = 1000.0
     assert air.guide(x)[0].p_more.tolist() == pytest.approx([0.9] * 6)
     assert air.infer(x).counts.tolist() == [3] * 6 and air.training
+    assert air.infer(x, num_steps=5).counts.tolist() == [5] * 6
 
 
-def test_prior_over_counts(air):
-    assert air.p_more.cumprod(0).tolist() == pytest.approx([3 / 4, 2 / 4, 1 / 4])  # uniform
-    air.set_count_prior(0.01)
-    total = 1 + 0.01 + 0.01**2 + 0.01**3
-    assert air.p_more.cumprod(0).tolist() == pytest.approx(
-        [1 - 1 / total, (0.01**2 + 0.01**3) / total, 0.01**3 / total]
-    )
-    loose = AIR(**SMALL, count_ratio=0.5)
-    with pyro.plate("scenes", 20_000):
-        z_pres, _, _ = loose.prior(20_000)
-    shares = torch.stack(z_pres).sum(0).long().bincount(minlength=4) / 20_000
-    torch.testing.assert_close(shares, torch.tensor([8, 4, 2, 1]) / 15, atol=0.015, rtol=0)
+def test_prior_over_counts():
+    """While training it may be another; as many steps as are asked for."""
+    air = AIR(**SMALL, count_ratio=0.5)
+    air.set_count_prior(2.0)
+    for training, num_steps, weights in ((False, 3, [8, 4, 2, 1]), (True, 3, [1, 2, 4, 8]), (False, 1, [2, 1])):
+        air.train(training)
+        with pyro.plate("scenes", 20_000):
+            z_pres, _, _ = air.prior(20_000, num_steps)
+        shares = torch.stack(z_pres).sum(0).long().bincount(minlength=num_steps + 1) / 20_000
+        torch.testing.assert_close(shares, torch.tensor(weights) / sum(weights), atol=0.015, rtol=0)
+
+
+def test_the_canvas_is_painted_once(air, x, monkeypatch):
+    """What the guide has painted, the model takes as it is; another's choices it paints itself."""
+    calls, paint = [], air.paint
+    monkeypatch.setattr(air, "paint", lambda *args: calls.append(1) or paint(*args))
+    guide = poutine.trace(air.guide).get_trace(x)
+    model = poutine.trace(poutine.replay(air.model, guide)).get_trace(x)
+    assert len(calls) == 3
+    again = poutine.trace(poutine.replay(air.model, guide)).get_trace(x)
+    assert len(calls) == 6
+    torch.testing.assert_close(model.log_prob_sum(), again.log_prob_sum())
+    air.guide(x)
+    other = poutine.trace(poutine.replay(air.model, guide)).get_trace(x)
+    torch.testing.assert_close(other.log_prob_sum(), again.log_prob_sum())
 
 
 def test_baseline_and_elbo_do_not_train_each_other(air, x):

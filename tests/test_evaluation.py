@@ -11,7 +11,7 @@ from multi_mnist import Scenes
 @pytest.fixture(scope="module")
 def air():
     torch.manual_seed(0)
-    return AIR(rnn_size=16, hidden_size=16, baseline_size=8)
+    return AIR(look_size=16, hidden_size=16, baseline_size=8)
 
 
 def test_the_numbers_are_what_they_are_called(air, scenes):
@@ -53,7 +53,7 @@ def test_it_disturbs_nothing(air, scenes):
 
 def test_large_images_are_looked_at_few_at_a_time(scenes, monkeypatch):
     """So that memory does not grow with the canvas."""
-    air, seen = AIR(image_size=200, rnn_size=16, hidden_size=16, baseline_size=8), []
+    air, seen = AIR(image_size=200, look_size=16, hidden_size=16, baseline_size=8), []
     infer = air.infer
     monkeypatch.setattr(air, "infer", lambda x: seen.append(len(x)) or infer(x))
     evaluate(air, Scenes(np.zeros((50, 200, 200), np.uint8)))
@@ -69,7 +69,7 @@ def test_without_true_counts(air, scenes):
 def test_how_much_the_baseline_r2(scenes):
     """With one step, what follows the choice is the ELBO without the empty canvas's likelihood."""
     torch.manual_seed(0)
-    air = AIR(num_steps=1, rnn_size=16, hidden_size=16, baseline_size=8, exploration=0.0)
+    air = AIR(num_steps=1, look_size=16, hidden_size=16, baseline_size=8, exploration=0.0)
     x = torch.from_numpy(scenes.x).float() / 255
     torch.manual_seed(1)
     elbo = air.infer(x).elbo
@@ -83,13 +83,13 @@ def test_how_much_the_baseline_r2(scenes):
         expected = 1 - float((gains - constant).square().mean() / gains.var(correction=0))
         assert baseline_r2(air, x) == pytest.approx(expected, abs=1e-3)
     assert expected == pytest.approx(0, abs=1e-6)  # The mean is a baseline that explains nothing.
-    assert baseline_r2(AIR(num_steps=1, rnn_size=16, hidden_size=16, baseline_size=8), x[:1]) is None
+    assert baseline_r2(AIR(num_steps=1, look_size=16, hidden_size=16, baseline_size=8), x[:1]) is None
 
 
 def test_a_baseline_that_sees_the_future_explains_it_all(scenes, monkeypatch):
     """With three steps: predictions that are what each step and the later ones will add."""
     torch.manual_seed(0)
-    air = AIR(rnn_size=16, hidden_size=16, baseline_size=8, exploration=0.0)
+    air = AIR(look_size=16, hidden_size=16, baseline_size=8, exploration=0.0)
     x = torch.from_numpy(scenes.x[:50]).float() / 255
     torch.manual_seed(1)
     guide = poutine.trace(air.guide).get_trace(x)

@@ -24,10 +24,18 @@ from training.parallel import Processes
 from training.run import Run
 from training.svi import make_svi
 
-SIZES = {"num_steps": 2, "image_size": 12, "window_size": 9, "z_what_size": 2, "rnn_size": 3, "hidden_size": 3}
+SIZES = {
+    "num_steps": 2,
+    "image_size": 12,
+    "window_size": 9,
+    "z_what_size": 2,
+    "rnn_size": 3,
+    "hidden_size": 3,
+    "look_size": 3,
+}
 FLAGS = dict.fromkeys(("batch_size", "num_steps"), 4) | {
     **{"learning_rate": 1e-3, "baseline_learning_rate": 1e-3, "seed": 0, "model_steps": 2},
-    **{"estimator": "tracegraph", "baseline": "rnn", "plain": False, "likelihood_sd": 0.3, "cuda": False},
+    **{"estimator": "tracegraph", "baseline": "rnn", "guide": "residual", "likelihood_sd": 0.3, "cuda": False},
     **{"eval_every": 2, "viz_every": 2, "data": None, "data_dir": "data"},
 }
 

@@ -54,6 +54,9 @@ def test_eval_only_prints_the_line_of_the_run(run, run_main, tmp_path, scenes):
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout) == metrics(folder)[-1]
 
+    more = json.loads(run_main("--load", folder, "--eval-only", "-t", 5).stdout)
+    assert np.array(more["confusion"]).shape == (3, 6)
+
     np.savez(tmp_path / "own.npz", x=scenes.x[:5] / 255)
     evaluated = run_main("--load", folder / "checkpoint.pt", "--eval-only", "--data", tmp_path / "own.npz")
     line = json.loads(evaluated.stdout)
@@ -77,12 +80,12 @@ def test_the_other_estimators(flags, run, run_main, tmp_path):
     assert metrics(tmp_path / "longer")[-1]["step"] == 8
 
 
-def test_plain_is_the_papers_guide_and_a_fixed_prior(run_main, tmp_path):
-    finished = run_main(*SHORT, "--plain", "--likelihood-sd", 0.7, "--out", tmp_path / "run")
+def test_the_papers_guide(run_main, tmp_path):
+    finished = run_main(*SHORT, "--guide", "rnn", "--out", tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
-    air = load_air(tmp_path / "run" / "checkpoint.pt")
-    assert air.refine is None and air.exploration == 0 and air.likelihood_sd == 0.7
-    assert air.p_more.cumprod(0)[2] == pytest.approx(1e-6 / (1 + 1e-2 + 1e-4 + 1e-6))
+    assert load_air(tmp_path / "run").config["guide"] == "rnn"
+    resumed = run_main("--load", tmp_path / "run", "-n", 8)
+    assert resumed.returncode == 0, resumed.stderr
 
 
 INTERRUPTED = """

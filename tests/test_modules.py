@@ -9,8 +9,8 @@ from modules import (
     Decoder,
     Encoder,
     ImageLSTM,
-    Predict,
-    Refine,
+    ResidualAttention,
+    RNNAttention,
     image_to_object,
     object_to_image,
     pose_to_box,
@@ -146,28 +146,58 @@ def test_lstm_is_an_lstm_that_sees_the_image_at_every_step():
     torch.testing.assert_close(state, expected)
 
 
-def test_refine_changes_nothing_at_first_and_can_shift_and_sharpen():
-    refine = Refine(9, 5, torch.tensor([0.2, 1, 1]))
-    crop, loc, scale = torch.rand(3, 9, 9), torch.randn(3, 3), torch.rand(3, 3)
-    *unchanged, seen = refine(crop, loc, scale)
-    torch.testing.assert_close(unchanged, [loc, scale])
-    assert seen.shape == (3, 5) and (seen[0] != seen[1]).any()
-    with torch.no_grad():
-        refine.correct.bias.copy_(torch.tensor([1.0, 2, -3, -100, 0, 100]))
-    new_loc, new_scale, _ = refine(crop, loc, scale)
-    torch.testing.assert_close(new_loc - loc, torch.tensor([[0.2, 2, -3]]).expand(3, 3))
-    torch.testing.assert_close(new_scale, scale * torch.tensor([0.0, 1, 2]))
+def test_pictures_side_by_side_are_cropped_alike(poses):
+    a, b = torch.rand(2, 5, 11, 11).double()
+    crops = image_to_object(poses, torch.cat([a, b], -1), 7, 1.3)
+    torch.testing.assert_close(crops, torch.cat([image_to_object(poses, picture, 7, 1.3) for picture in (a, b)], -1))
+
+
+@pytest.fixture
+def attention():
+    return ResidualAttention(50, 28, 20, ((3.0, 0.0, 0.0), (0.2, 1.0, 1.0)))
+
+
+def test_the_place_is_where_most_is_left(attention):
+    """In the middle of an object that nothing is painted of yet, and not between two."""
+    x = torch.zeros(3, 50, 50)
+    x[:, 5:17, 8:20] = 0.9
+    x[1:, 30:42, 8:20] = 1.0
+    canvas = torch.zeros(3, 50, 50)
+    canvas[2, 30:42, 8:20] = 1.0
+    place = attention.place(attention.residual(x, canvas))
+    pixels = ((place + 1) * 50 - 1) / 2
+    expected = torch.tensor([[13.5, 10.5], [13.5, 35.5], [13.5, 10.5]])
+    assert (pixels - expected).abs().max() <= 1
+
+
+def test_what_is_painted_is_thickened(attention):
+    """An object painted a pixel or two beside its place leaves nothing."""
+    x = torch.zeros(1, 50, 50)
+    x[:, 20:32, 20:32] = 1.0
+    for shift in (0, 2):
+        assert attention.residual(x, x.roll((shift, -shift), (1, 2))).max() == 0
+    assert attention.residual(x, x.roll(3, 1)).max() == 1
+    assert attention.residual(x, 1.5 * x).min() == 0
+
+
+def test_no_gradient_passes_through_the_canvas_of_a_proposal(attention):
+    canvas = torch.rand(2, 50, 50, requires_grad=True)
+    outputs = attention(torch.rand(2, 50, 50), canvas, None, None, ())
+    sum(output.sum() for output in outputs[:3]).backward()
+    assert canvas.grad is None and attention.look[1].weight.grad.abs().max() > 0
 
 
 def test_networks_start_where_they_should():
     objects = Decoder(50, 200, 28)(torch.randn(100, 50))
     assert objects.shape == (100, 28, 28)
     assert 0 < objects.min() and objects.mean() < 0.2  # nearly empty
-    loc, scale = Encoder(28, 200, 50)(torch.rand(100, 28, 28))
+    loc, scale = Encoder(28 * 28, 200, 50)(torch.rand(100, 28, 28))
     assert loc.shape == scale.shape == (100, 50) and scale.min() > 0
-    prior_loc, prior_scale = torch.tensor([3.0, 0, 0]), torch.tensor([0.2, 1, 1])
-    z_pres, loc, scale = Predict(256, 200, prior_loc, prior_scale)(torch.rand(100, 256))
-    assert z_pres.shape == (100,) and loc.shape == scale.shape == (100, 3)
-    assert 0.3 < z_pres.min() and z_pres.max() < 0.7
-    assert ((loc - prior_loc).abs() < prior_scale).all()  # a plausible window
+    prior = (3.0, 0.0, 0.0), (0.2, 1.0, 1.0)
+    x, z_where, z_what = torch.rand(100, 50, 50), torch.zeros(100, 3), torch.zeros(100, 50)
+    for network in (RNNAttention(50, 50, 256, 200, prior), ResidualAttention(50, 28, 200, prior)):
+        z_pres, loc, scale, _ = network(x, 0 * x, z_where, z_what, network.start(x))
+        assert z_pres.shape == (100,) and loc.shape == scale.shape == (100, 3) and scale.min() > 0
+        assert z_pres.abs().max() < 1
+        assert ((loc[:, 0] - 3) / 0.2).abs().max() < 1  # a plausible window
     assert [layer.out_features for layer in MLP(3, 5, 7) if isinstance(layer, nn.Linear)] == [5, 7]

@@ -25,7 +25,7 @@ BAD = [
     ("--estimator exact", "invalid choice: 'exact'"),
     ("--estimator traceenum --baseline rnn", "--baseline rnn cannot be combined with traceenum"),
     ("--baseline mean", "invalid choice: 'mean'"),
-    ("--plain yes", "unrecognized arguments: yes"),
+    ("--guide plain", "invalid choice: 'plain'"),
     ("-t 0", GREATER),
     ("--likelihood-sd 0", GREATER),
     ("-t 2.5", GREATER),
@@ -89,6 +89,7 @@ def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scen
     assert "--batch-size 16: the loaded run has 8" in error("-b", 16)
     assert "--seed 1: the loaded run has 0" in error("--seed", 1)
     assert "--estimator traceenum: the loaded run has" in error("--estimator", "traceenum", "--baseline", "none")
+    assert "--model-steps 4: the loaded run has 3" in error("-t", 4)
     assert "--baseline none: the loaded run has rnn" in error("--baseline", "none")
     assert "--likelihood-sd 0.5: the loaded run has 0.3" in error("--likelihood-sd", 0.5)
     assert "already at step 6" in error("-n", 5)

@@ -56,7 +56,7 @@ def test_boxes_that_are_right_are_found_right(scenes):
     n = len(counts)
     nothing = np.zeros((n, 2, 1))
     seen = Inference(
-        counts, *[nothing] * 4, scenes.boxes.astype(float), nothing, np.ones((n, 2, 28, 28)), nothing, nothing
+        counts, *[nothing] * 5, scenes.boxes.astype(float), nothing, np.ones((n, 2, 28, 28)), nothing, nothing
     )
     found = report.localisation(seen, report.match(seen.boxes, counts, scenes.boxes, scenes.counts), scenes)
     for part, missing in (("correctly_counted", 0), ("all", 10)):
@@ -106,10 +106,16 @@ def test_report(run_main, digits, monkeypatch, tmp_path):
     low, high = counting["count_accuracy_interval"]
     assert low < counting["count_accuracy"] < high
     assert counting["importance_bound_100"] > counting["elbo"]
-    assert sum(measured["generalisation"]["three_digits"]["inferred_counts"]) == 40
+    more = measured["generalisation"]["more_digits"]
+    assert [(part["digits"], part["steps"], sum(part["inferred_counts"])) for part in more] == [
+        (3, 3, 40),
+        (3, 8, 40),
+        (4, 8, 40),
+        (5, 8, 40),
+    ]
     assert [part["size_px"] for part in measured["generalisation"]["sizes"]] == list(report.SIZES)
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "None" not in page and "nan" not in page.split("base64,")[0]
+    assert page.count("data:image/png;base64,") == 7 and "None" not in page and "nan" not in page.split("base64,")[0]
 
     assert call(report.main, folder / "checkpoint.pt").stderr.endswith("is not the folder of a run\n")
 
@@ -119,7 +125,7 @@ def test_an_air_that_finds_nothing(digits, scenes, monkeypatch):
     monkeypatch.setattr(report, "UNUSUAL", 10)
     air = AIR()
     with torch.no_grad():
-        air.predict.mlp[-1].bias[0] = -500
+        air.attend.present[-1].bias[0] = -500
     measured, pictures = report.report(air, Scenes(*(part[:20] for part in scenes)), *digits)
     assert measured["localisation"]["all"]["pairs"] == 0 and measured["representation"]["digit_class"] is None
     assert "Scenes of another kind" in report.page("Nothing", json.loads(json.dumps(measured)), pictures)
@@ -129,13 +135,13 @@ def test_probes_tell_what_is_there_from_what_is_not(scenes, digits, monkeypatch)
     """Codes that are the class give it away, and pixels of a window that is always the same do not."""
     monkeypatch.setattr(report, "PROBED", (1200, 150))
 
-    def look(air, x):
+    def look(air, x, num_steps=None):
         n = len(x)
         labels, boxes, counts = known[n]
         codes = np.eye(10)[labels].astype(np.float32)
         one = np.ones((n, 2, 28, 28), np.float32)
         where = np.zeros((n, 2, 3), np.float32)
-        return Inference(counts, where, where, where, codes, boxes.astype(float), one, one, one, one), codes
+        return Inference(counts, where, where, where, codes, codes, boxes.astype(float), one, one, one, one), codes
 
     known, used = {}, []
 

@@ -84,8 +84,6 @@ def build_air(checkpoint: dict, path="checkpoint") -> AIR:
         for name, parameter in parameters.items():
             if not (parameter.is_floating_point() and parameter.isfinite().all()):
                 raise ValueError(f"{name} is not finite")
-        if not (parameters["p_more"].min() >= 0 and parameters["p_more"].max() <= 1):
-            raise ValueError("p_more holds what are not probabilities")
         air = AIR(**config)
         air.load_state_dict(parameters)
     except KeyError as error:

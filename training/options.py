@@ -27,7 +27,7 @@ FROZEN_ON_RESUME = (
     "likelihood_sd",
     "estimator",
     "baseline",
-    "plain",
+    "guide",
 )
 # What a resumed run has too, if it is not told otherwise.
 INHERITED_ON_RESUME = ("num_steps", "eval_every", "viz_every", "cuda", "data", "data_dir")
@@ -64,17 +64,23 @@ def make_parser(**options) -> argparse.ArgumentParser:
     add("-n", "--num-steps", type=positive(int, 10**9), default=3000, help="training steps, those before resuming too")
     add("-b", "--batch-size", type=positive(int, 100_000), default=128, help="images per step")
     rate = positive(float, 10**6)
-    add("-lr", "--learning-rate", type=rate, default=2e-3, help="largest learning rate of model and guide")
-    add("-blr", "--baseline-learning-rate", type=rate, default=2e-3, help="largest learning rate of the baseline")
+    add("-lr", "--learning-rate", type=rate, default=4e-3, help="largest learning rate of model and guide")
+    add("-blr", "--baseline-learning-rate", type=rate, default=4e-3, help="largest learning rate of the baseline")
     add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
     add("--baseline", choices=["rnn", "none"], help="tracegraph's, against variance (default: rnn)")
     add("--seed", type=seed, default=0, help="seed of training; the scenes are the same for all seeds")
     add("--cuda", action=argparse.BooleanOptionalAction, default=False, help="compute on the GPU")
 
     add = parser.add_argument_group("model and guide").add_argument
-    add("-t", "--model-steps", type=positive(int, 50), default=3, help="most objects in an image, T")
+    add(
+        "-t",
+        "--model-steps",
+        type=positive(int, 50),
+        default=3,
+        help="most objects in an image, T; --eval-only may have another",
+    )
     add("--likelihood-sd", type=rate, default=0.3, metavar="SD", help="standard deviation of the noise on a pixel")
-    add("--plain", action="store_true", help="the paper's guide: no second look, no exploration; a fixed count prior")
+    add("--guide", choices=["residual", "rnn"], default="residual", help="look at what is left, or the paper's RNN")
 
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST and the scenes are kept")
@@ -162,6 +168,8 @@ def inherit(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint:
         parser.set_defaults(data=None)  # With it, --data is something else: images to evaluate on.
     args = parser.parse_args(argv)
     for name in FROZEN_ON_RESUME:
+        if name == "model_steps" and args.eval_only:
+            continue  # More objects may be looked for than in training.
         if getattr(args, name) != getattr(own, name):
             raise UsageError(f"{flag(name)} {getattr(args, name)}: the loaded run has {getattr(own, name)}")
     if args.num_steps < step:

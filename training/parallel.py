@@ -68,15 +68,16 @@ class Processes:
         """Wait for all others to come here as well."""
         self._call(dist.barrier)
 
-    def all_reduce_gradients(self, loss: float, parameters: list[torch.Tensor]) -> tuple[float, float]:
-        """Replace the parameters' gradients by their sums over the processes.
+    def all_reduce_gradients(self, loss: float, groups: list[list[torch.Tensor]]) -> tuple[float, list[float]]:
+        """Replace the gradients of groups of parameters by their sums over the processes.
 
-        Returns the sum of the losses and the norm of the summed gradients; NaN in one process is NaN in all.
+        Returns the sum of the losses and the norm of each group's summed gradients; NaN in one process is NaN in all.
         """
         if self.world_size == 1:
             self.should_stop = self.stop_signal is not None
-            norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-            return loss, norm.item()
+            norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+            return loss, torch.stack(norms).tolist()
+        parameters = [parameter for group in groups for parameter in group]
         # Everything in one collective: gradients, loss, and whether to stop.
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         others = gradients[0].new_tensor([loss, self.stop_signal is not None])
@@ -85,9 +86,10 @@ class Processes:
         *sums, others = total.split([gradient.numel() for gradient in gradients] + [2])
         for parameter, its_sum in zip(parameters, sums):
             parameter.grad = its_sum.view_as(parameter)
-        loss, stop, norm = torch.cat([others, total[:-2].norm()[None]]).tolist()
+        norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups]
+        loss, stop, *norms = torch.cat([others, torch.stack(norms)]).tolist()
         self.should_stop = stop > 0
-        return loss, norm
+        return loss, norms
 
     def broadcast(self, tensors) -> None:
         """Give all processes the main one's values."""

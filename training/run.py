@@ -179,6 +179,10 @@ class Run:
                     raise ValueError("the optimizer's state does not fit the parameters")
                 if not all(value.isfinite().all() for value in moments.values()):
                     raise ValueError("the optimizer's state is not finite")
+            for group, saved in zip(groups, checkpoint["optimizer"]["param_groups"], strict=True):
+                group["running_norm"] = float(saved["running_norm"])
+                if not 0 <= group["running_norm"] < math.inf:
+                    raise ValueError("the gradient's running norm is not finite")
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
             states = checkpoint["rng"].view(-1, len(torch.get_rng_state()))

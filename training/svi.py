@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pyro
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
 from pyro.infer.enum import get_importance_trace
 from pyro.ops.provenance import ProvenanceTensor, get_provenance
 from pyro.optim import PyroOptim
+from torch.nn.utils import clip_grads_with_norm_
 
 from air import AIR
 from training.parallel import Processes
@@ -17,20 +19,24 @@ class NonFiniteError(ArithmeticError):
     """A run came to numbers that are not finite, from which nothing can be learned."""
 
 
-def make_svi(air: AIR, estimator: str, processes: Processes | None = None) -> tuple[SVI, torch.optim.Adam]:
+def make_svi(
+    air: AIR, estimator: str, processes: Processes | None = None, clip: bool = True
+) -> tuple[SVI, torch.optim.Adam]:
     """The inference algorithm, and the optimizer behind it: one Adam, with a parameter group for the baseline's rate.
 
     estimator: "tracegraph" samples `z_pres` and reduces the variance of its gradient; "traceenum" sums
         over its values, all T + 1 counts, and has no such variance. The rest is sampled by both.
+    clip: whether to cut gradients that are much longer than usual, see `clip_gradient`.
 
     `svi.step(x)` returns the loss, minus the ELBO summed over the mini-batch. It is NaN if the loss or the
     gradient is not finite, in one of the processes; the parameters are then left as they were.
     """
     processes = processes or Processes()
-    parameters = list(air.parameters())
     baseline = [p for name, p in air.named_parameters() if name.startswith("baseline.")]
     others = [p for name, p in air.named_parameters() if not name.startswith("baseline.")]
-    adam = torch.optim.Adam([{"params": others}, {"params": baseline}], fused=True)
+    # A short memory of squared gradients: with the usual 0.999, a rare step can put out `z_pres` for good.
+    groups = [{"params": group, "running_norm": 0.0} for group in (others, baseline) if group]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     if estimator == "tracegraph":
         guide, elbo = air.guide, StaticTraceGraph_ELBO(max_plate_nesting=1)
     else:
@@ -44,13 +50,23 @@ def make_svi(air: AIR, estimator: str, processes: Processes | None = None) -> tu
             if is_finite(guide, x):
                 raise
             loss = math.nan
-        loss, norm = processes.all_reduce_gradients(loss, parameters)
-        if not math.isfinite(loss + norm):
+        loss, norms = processes.all_reduce_gradients(loss, [group["params"] for group in adam.param_groups])
+        if not math.isfinite(loss + sum(norms)):
             adam.zero_grad()  # Without gradients the optimizer's step changes nothing.
             return math.nan
+        if clip:
+            for group, norm in zip(adam.param_groups, norms):
+                clip_gradient(group, norm)
         return loss
 
     return SVI(air.model, guide, SingleOptimizer(adam), elbo.loss, loss_and_grads), adam
+
+
+def clip_gradient(group: dict, norm: float, factor: float = 1.2, memory: float = 0.98) -> None:
+    """Make the gradient of a parameter group, of that norm, at most `factor` times as long as it mostly is."""
+    running = group["running_norm"] or norm
+    group["running_norm"] = memory * running + (1 - memory) * min(norm, 3 * running)
+    clip_grads_with_norm_(group["params"], factor * group["running_norm"], torch.tensor(norm))
 
 
 @torch.no_grad()
@@ -73,9 +89,13 @@ def schedule(step: int, num_steps: int, warm_up: int = 100) -> float:
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
-def count_ratio(step: int, num_steps: int, first: float = 1e-4) -> float:
-    """The ratio of the prior on the count at `step`: from a strict prior to a uniform one, in half of the run."""
-    return first ** max(0.0, 1 - 2 * step / num_steps)
+def count_ratio(step: int, num_steps: int) -> float:
+    """The ratio of the prior on the count at `step`, while training.
+
+    Strict for most of the run, so that one object is not explained by several pieces; but not at first: before
+    the decoder can paint anything, everything would become no object.
+    """
+    return math.exp(np.interp(step / num_steps, [0, 0.1, 0.2, 1], [-3, -3, -9, -4]))
 
 
 class SingleOptimizer(PyroOptim):
