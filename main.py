@@ -53,8 +53,7 @@ def train(args, checkpoint: dict | None) -> None:
     if checkpoint:
         air = build_air(checkpoint, args.load)
     else:
-        options = {"likelihood_sd": args.likelihood_sd, "guide": args.guide, "baseline": args.baseline}
-        air = AIR(args.model_steps, image_size=train_scenes.x.shape[1], **options)
+        air = AIR(args.model_steps, train_scenes.x.shape[1], guide=args.guide, baseline=args.baseline)
     check_size(train_scenes, air)
     air.to(processes.device)
     processes.broadcast(air.state_dict().values())

@@ -179,7 +179,7 @@ class ResidualAttention(nn.Module):
         super().__init__()
         self.window_size = window_size
         window = image_size / prior[0][0]  # an ordinary one, in canvas pixels
-        self.thickness = 2 * round(window / 8) + 1
+        self.thickness = 2 * round(window / 16) + 1
         # Sums over squares are products with matrices of ones near the diagonal, from both sides.
         pixels = torch.arange(image_size)
         apart = (pixels[:, None] - pixels).abs()

@@ -68,7 +68,7 @@ def residual_step_by_hand(air, x, canvas):
     """What the residual guide proposes for one image `[1, h, h]`, with loops over pixels where it has products."""
     net, n = air.attend, x.shape[-1]
     thick = torch.stack(
-        [canvas[0, max(i - 2, 0) : i + 3, max(j - 2, 0) : j + 3].max() for i in range(n) for j in range(n)]
+        [canvas[0, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].max() for i in range(n) for j in range(n)]
     ).view(1, n, n)
     residual = (x - thick).clamp(min=0)
 

@@ -35,7 +35,7 @@ SIZES = {
 }
 FLAGS = dict.fromkeys(("batch_size", "num_steps"), 4) | {
     **{"learning_rate": 1e-3, "baseline_learning_rate": 1e-3, "seed": 0, "model_steps": 2},
-    **{"estimator": "tracegraph", "baseline": "rnn", "guide": "residual", "likelihood_sd": 0.3, "cuda": False},
+    **{"estimator": "tracegraph", "baseline": "rnn", "guide": "residual", "cuda": False},
     **{"eval_every": 2, "viz_every": 2, "data": None, "data_dir": "data"},
 }
 

@@ -171,12 +171,12 @@ def test_the_place_is_where_most_is_left(attention):
 
 
 def test_what_is_painted_is_thickened(attention):
-    """An object painted a pixel or two beside its place leaves nothing."""
+    """An object painted a pixel beside its place leaves nothing."""
     x = torch.zeros(1, 50, 50)
     x[:, 20:32, 20:32] = 1.0
-    for shift in (0, 2):
+    for shift in (0, 1):
         assert attention.residual(x, x.roll((shift, -shift), (1, 2))).max() == 0
-    assert attention.residual(x, x.roll(3, 1)).max() == 1
+    assert attention.residual(x, x.roll(2, 1)).max() == 1
     assert attention.residual(x, 1.5 * x).min() == 0
 
 

@@ -27,7 +27,6 @@ BAD = [
     ("--baseline mean", "invalid choice: 'mean'"),
     ("--guide plain", "invalid choice: 'plain'"),
     ("-t 0", GREATER),
-    ("--likelihood-sd 0", GREATER),
     ("-t 2.5", GREATER),
     ("-t 51", "at most 50"),
     ("--seed -1", "invalid seed value: '-1'"),
@@ -91,7 +90,6 @@ def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scen
     assert "--estimator traceenum: the loaded run has" in error("--estimator", "traceenum", "--baseline", "none")
     assert "--model-steps 4: the loaded run has 3" in error("-t", 4)
     assert "--baseline none: the loaded run has rnn" in error("--baseline", "none")
-    assert "--likelihood-sd 0.5: the loaded run has 0.3" in error("--likelihood-sd", 0.5)
     assert "already at step 6" in error("-n", 5)
     assert "cannot be combined with" in error("--eval-only", "--out", tmp_path / "out")
     save_checkpoint(tmp_path / "only_parameters.pt", AIR())

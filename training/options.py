@@ -24,7 +24,6 @@ FROZEN_ON_RESUME = (
     "baseline_learning_rate",
     "seed",
     "model_steps",
-    "likelihood_sd",
     "estimator",
     "baseline",
     "guide",
@@ -79,7 +78,6 @@ def make_parser(**options) -> argparse.ArgumentParser:
         default=3,
         help="most objects in an image, T; --eval-only may have another",
     )
-    add("--likelihood-sd", type=rate, default=0.3, metavar="SD", help="standard deviation of the noise on a pixel")
     add("--guide", choices=["residual", "rnn"], default="residual", help="look at what is left, or the paper's RNN")
 
     add = parser.add_argument_group("data").add_argument
