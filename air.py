@@ -298,6 +298,15 @@ class AIR(nn.Module):
     @torch.no_grad()
     def log_importance_weight(self, x: Tensor, num_steps: int | None = None) -> tuple[list[Step], Tensor]:
         """One sample of the guide for the images `x`, and its `log p(x, z) - log q(z | x)` `[n]`, in nats."""
+        guide, model = self.traces(x, num_steps)
+        log_p, log_q = (
+            sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site) for trace in (model, guide)
+        )
+        return guide.nodes["_RETURN"]["value"], log_p - log_q
+
+    @torch.no_grad()
+    def traces(self, x: Tensor, num_steps: int | None = None) -> tuple[poutine.Trace, poutine.Trace]:
+        """A sample of the guide, and what the model makes of it: their traces, with log-probabilities, as evaluated."""
         training = self.training
         self.eval()
         try:
@@ -305,11 +314,9 @@ class AIR(nn.Module):
             model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(x, num_steps)
         finally:
             self.train(training)
-        log_probs = []
-        for trace in (model, guide):
-            trace.compute_log_prob()
-            log_probs.append(sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site))
-        return guide.nodes["_RETURN"]["value"], log_probs[0] - log_probs[1]
+        guide.compute_log_prob()
+        model.compute_log_prob()
+        return guide, model
 
     @torch.no_grad()
     def infer(self, x: Tensor, sample: bool = True, num_steps: int | None = None) -> Inference:

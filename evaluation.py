@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pyro import poutine
 from scipy.stats import binomtest
 from tqdm import tqdm
 
@@ -99,17 +98,13 @@ def interval(share: float, n: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@torch.no_grad()
 def baseline_r2(air: AIR, x: torch.Tensor) -> float | None:
     """How much of the variance of what follows a choice of `z_pres` the RNN baseline predicts: at most 1.
 
     What follows is the part of the ELBO that TraceGraph_ELBO credits the choice with: all terms of
     its own step and of later ones. None if it does not vary.
     """
-    guide = poutine.trace(air.guide).get_trace(x)
-    model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x)
-    guide.compute_log_prob()
-    model.compute_log_prob()
+    guide, model = air.traces(x)
     gain, pairs = torch.zeros_like(x[:, 0, 0]), []
     for t in reversed(range(air.num_steps)):
         gain = gain + model.nodes[f"gain_{t}"]["log_prob"]

@@ -33,7 +33,7 @@ def test_bad_checkpoints_are_told_apart(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), path)
     with pytest.raises(CheckpointError, match="no 'air' and 'parameters'"):
         load_air(path)
-    torch.save({"air": {**SMALL, "rnn_size": 32}, "parameters": AIR(**SMALL).state_dict()}, path)
+    torch.save({"air": {**SMALL, "hidden_size": 32}, "parameters": AIR(**SMALL).state_dict()}, path)
     with pytest.raises(CheckpointError, match=r"has shape \[.*\], expected \[") as error:
         load_air(path)
     assert "\n" not in str(error.value)

@@ -118,8 +118,9 @@ def test_schedules():
     rates = [schedule(step, 4000) for step in range(4000)]
     assert rates[0] == pytest.approx(0.01) and max(rates) > 0.99 and rates[-1] < 1e-6
     assert rates[2000] == pytest.approx(0.5)
-    ratios = [math.log(count_ratio(step, 1000)) for step in (0, 99, 150, 200, 600)]
-    assert ratios == pytest.approx([-3, -3, -6, -9, -6.5])
+    ratios = [math.log(count_ratio(step, 1000)) for step in (0, 99, 150, 200, 600, 1000)]
+    assert ratios == pytest.approx([-3, -3, -6, -9, -6.5, -4])
+    assert math.log(count_ratio(49, 50)) == -3
 
 
 def test_clipping():

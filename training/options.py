@@ -76,7 +76,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
         "--model-steps",
         type=positive(int, 50),
         default=3,
-        help="most objects in an image, T; --eval-only may have another",
+        help="most objects in an image, T; an evaluation may have another",
     )
     add("--guide", choices=["residual", "rnn"], default="residual", help="look at what is left, or the paper's RNN")
 

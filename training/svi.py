@@ -92,10 +92,10 @@ def schedule(step: int, num_steps: int, warm_up: int = 100) -> float:
 def count_ratio(step: int, num_steps: int) -> float:
     """The ratio of the prior on the count at `step`, while training.
 
-    Strict for most of the run, so that one object is not explained by several pieces; but not at first: before
-    the decoder can paint anything, everything would become no object.
+    Strict from the 200th step on, and slowly less so, so that one object is not explained by several pieces; but not
+    at first: before the decoder can paint anything, everything would become no object.
     """
-    return math.exp(np.interp(step / num_steps, [0, 0.1, 0.2, 1], [-3, -3, -9, -4]))
+    return math.exp(np.interp(step, [0, 100, 200, max(num_steps, 201)], [-3, -3, -9, -4]))
 
 
 class SingleOptimizer(PyroOptim):
