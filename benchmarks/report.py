@@ -32,7 +32,7 @@ from air import AIR, Inference
 from evaluation import default_batch_size, evaluate, importance_bound, interval, seeded_rng
 from modules import pose_to_box
 from multi_mnist import DIGIT_SIZE, Scenes, compose, load_digits, load_split
-from training.checkpoint import build_air, read_checkpoint
+from training.checkpoint import build_air, read_checkpoint, write_file
 from training.options import UsageError, one_line_errors
 from training.run import is_run_folder, write_text
 
@@ -42,6 +42,7 @@ PROBED = (5000, 2000)  # scenes that a probe is trained and tested on
 ITERATIONS = {"linear": 100, "mlp": 30}  # that a probe is given
 UNUSUAL = 1000  # scenes of each unusual kind
 MOST_STEPS = 8  # T, where there are more digits than in training
+UNSEEN = "none to five digits: true count → inferred"
 PEERS = {"elbo": 627.4, "bound": 636.8}  # of addtt/attend-infer-repeat-pytorch, by its README
 
 
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         title = f"An AIR after {checkpoint['step']:,} steps (seed {flags['seed']}, {flags['estimator']})"
         write_text(args.run / "report.json", json.dumps({"step": checkpoint["step"]} | measured, indent=1) + "\n")
         write_text(args.run / "report.html", page(title, measured, pictures))
-        print(f"{args.run / 'report.html'} and {args.run / 'report.json'}")
+        write_file(args.run / "unseen.png", png(pictures[UNSEEN]))
+        print(f"{args.run / 'report.html'}, {args.run / 'report.json'} and {args.run / 'unseen.png'}")
 
 
 class Pairs(NamedTuple):
@@ -243,6 +245,8 @@ def probes() -> dict:
 def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> tuple[dict, dict]:
     """Scenes such as it was not trained on: three to five digits, and none to two of another size."""
     n, columns, measured, pictures = UNUSUAL, 10, {"more_digits": []}, {}
+    any_number = compose(digits, classes, 2 * columns, np.random.default_rng(0), air.image_size, 5)
+    pictures[UNSEEN] = drawn(any_number, look(air, any_number.x, MOST_STEPS)[0], 2 * columns)
     for digits_in_it in (3, 4, 5):
         rng = np.random.default_rng(digits_in_it)
         scenes = compose(digits, classes, n, rng, air.image_size, digits_in_it, min_digits=digits_in_it)
@@ -272,7 +276,7 @@ def counted(seen: Inference, scenes: Scenes) -> dict:
 
 
 def drawn(scenes: Scenes, seen: Inference, n: int) -> np.ndarray:
-    some = np.flatnonzero(scenes.counts)[:n]
+    some = range(min(n, len(scenes.x)))
     boxes = [seen.boxes[i, : seen.counts[i]] for i in some]
     captions = [f"{scenes.counts[i]} → {seen.counts[i]}" for i in some]
     return viz.draw_scenes(scenes.x[some], boxes, captions)
@@ -430,12 +434,16 @@ def page(title: str, measured: dict, pictures: dict) -> str:
         ),
     ]
     for name, picture in pictures.items():
-        stream = io.BytesIO()
-        Image.fromarray(picture).save(stream, format="png")
-        source = base64.b64encode(stream.getvalue()).decode()
+        source = base64.b64encode(png(picture)).decode()
         name = html.escape(name[0].upper() + name[1:])
         body.append(f'<h3>{name}</h3>\n<img src="data:image/png;base64,{source}" alt="{name}">')
     return PAGE.format(title=html.escape(title), body="\n".join(body))
+
+
+def png(picture: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format="png")
+    return stream.getvalue()
 
 
 def table(header: list, *rows: list) -> str:

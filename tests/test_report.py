@@ -115,7 +115,7 @@ def test_report(run_main, digits, monkeypatch, tmp_path):
     ]
     assert [part["size_px"] for part in measured["generalisation"]["sizes"]] == list(report.SIZES)
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 7 and "None" not in page and "nan" not in page.split("base64,")[0]
+    assert page.count("data:image/png;base64,") == 8 and "None" not in page and "nan" not in page.split("base64,")[0]
 
     assert call(report.main, folder / "checkpoint.pt").stderr.endswith("is not the folder of a run\n")
 
