@@ -191,7 +191,8 @@ class AIR(nn.Module):
         Those that the guide has just painted for itself are not painted again.
         """
         (choices, canvases), self.just_painted = self.just_painted, ((), ())
-        if len(choices) == 2 * len(z_where) and all(a is b for a, b in zip(choices, (*z_where, *z_what))):
+        same = len(choices) == 2 * len(z_where) and all(a is b for a, b in zip(choices, (*z_where, *z_what)))
+        if same and (canvases[-1].requires_grad or not torch.is_grad_enabled()):
             return canvases
         size = self.image_size
         canvases = [z_where[0].new_zeros(len(z_where[0]), size, size)]

@@ -33,7 +33,7 @@ from evaluation import default_batch_size, evaluate, importance_bound, interval,
 from modules import pose_to_box
 from multi_mnist import DIGIT_SIZE, Scenes, compose, load_digits, load_split
 from training.checkpoint import build_air, read_checkpoint, write_file
-from training.options import UsageError, one_line_errors
+from training.options import UsageError, one_line_errors, positive
 from training.run import is_run_folder, write_text
 
 INK = 0.2  # the least brightness of a painted pixel that counts as ink
@@ -41,14 +41,20 @@ SIZES = (12, 16, 19, 21, 24, 28, 32)  # pixels; an ordinary digit is drawn 18 to
 PROBED = (5000, 2000)  # scenes that a probe is trained and tested on
 ITERATIONS = {"linear": 100, "mlp": 30}  # that a probe is given
 UNUSUAL = 1000  # scenes of each unusual kind
-MOST_STEPS = 8  # T, where there are more digits than in training
-UNSEEN = "none to five digits: true count → inferred"
+UNSEEN = "0 to 5 digits: true count → inferred"
 PEERS = {"elbo": 627.4, "bound": 636.8}  # of addtt/attend-infer-repeat-pytorch, by its README
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="How well does an AIR understand its scenes.", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run on multi-MNIST")
+    parser.add_argument(
+        "-t",
+        "--model-steps",
+        type=positive(int, 50),
+        default=8,
+        help="T, for unseen numbers of digits (default: 8)",
+    )
     parser.add_argument("--data-dir", type=Path, help="where MNIST and the scenes are kept (default: the run's)")
     parser.add_argument("--cuda", action="store_true", help="compute on the GPU")
     args = parser.parse_args(argv)
@@ -63,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         if flags["data"]:
             raise UsageError(f"{args.run} was not trained on multi-MNIST, of which it is known what is where")
         data_dir = args.data_dir or flags["data_dir"]
-        measured, pictures = report(air, load_split("test", data_dir), *load_digits(False, data_dir))
+        measured, pictures = report(air, load_split("test", data_dir), *load_digits(False, data_dir), args.model_steps)
         title = f"An AIR after {checkpoint['step']:,} steps (seed {flags['seed']}, {flags['estimator']})"
         write_text(args.run / "report.json", json.dumps({"step": checkpoint["step"]} | measured, indent=1) + "\n")
         write_text(args.run / "report.html", page(title, measured, pictures))
@@ -79,16 +85,17 @@ class Pairs(NamedTuple):
     digit: np.ndarray  # number of the true digit in its scene
 
 
-def report(air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray) -> tuple[dict, dict]:
+def report(air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray, num_steps: int = 8) -> tuple[dict, dict]:
     """What goes into report.json, and pictures by name.
 
     scenes: with labels and boxes. digits, classes: what to compose further scenes of, see `compose`.
+    num_steps: T, where there are more digits than in training.
     """
     seen, codes = look(air, scenes.x)
     pairs = match(seen.boxes, seen.counts, scenes.boxes, scenes.counts)
     measured = {"counting": counting(air, scenes), "localisation": localisation(seen, pairs, scenes)}
     measured["representation"] = representation(air, digits, classes)
-    measured["generalisation"], pictures = generalisation(air, digits, classes)
+    measured["generalisation"], pictures = generalisation(air, digits, classes, num_steps)
     return measured, pictures | disentangling(air, seen, codes, pairs, scenes)
 
 
@@ -242,17 +249,17 @@ def probes() -> dict:
     }
 
 
-def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> tuple[dict, dict]:
+def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray, num_steps: int) -> tuple[dict, dict]:
     """Scenes such as it was not trained on: three to five digits, and none to two of another size."""
     n, columns, measured, pictures = UNUSUAL, 10, {"more_digits": []}, {}
     any_number = compose(digits, classes, 2 * columns, np.random.default_rng(0), air.image_size, 5)
-    pictures[UNSEEN] = drawn(any_number, look(air, any_number.x, MOST_STEPS)[0], 2 * columns)
+    pictures[UNSEEN] = drawn(any_number, look(air, any_number.x, num_steps)[0], 2 * columns)
     for digits_in_it in (3, 4, 5):
         rng = np.random.default_rng(digits_in_it)
         scenes = compose(digits, classes, n, rng, air.image_size, digits_in_it, min_digits=digits_in_it)
-        for num_steps in {3: (3, MOST_STEPS)}.get(digits_in_it, (MOST_STEPS,)):
-            seen, _ = look(air, scenes.x, num_steps)
-            measured["more_digits"].append({"digits": digits_in_it, "steps": num_steps} | counted(seen, scenes))
+        for steps in (3, num_steps) if digits_in_it == 3 else (num_steps,):
+            seen, _ = look(air, scenes.x, steps)
+            measured["more_digits"].append({"digits": digits_in_it, "steps": steps} | counted(seen, scenes))
         pictures[f"{digits_in_it} digits: true count → inferred"] = drawn(scenes, seen, columns)
     measured["sizes"] = []
     for size in SIZES:
@@ -271,7 +278,7 @@ def counted(seen: Inference, scenes: Scenes) -> dict:
         "images": len(scenes.x),
         "count_accuracy": accuracy,
         "count_accuracy_interval": interval(accuracy, len(scenes.x)),
-        "inferred_counts": np.bincount(seen.counts, minlength=MOST_STEPS + 1).tolist(),
+        "inferred_counts": np.bincount(seen.counts, minlength=seen.count_probs.shape[1]).tolist(),
     }
 
 
@@ -338,7 +345,7 @@ def page(title: str, measured: dict, pictures: dict) -> str:
     counts, where, probes, other = (
         measured[name] for name in ("counting", "localisation", "representation", "generalisation")
     )
-    steps = len(counts["confusion"][0])
+    steps, most = len(counts["confusion"][0]), max(part["steps"] for part in other["more_digits"])
     body = [
         "<h2>Counting</h2>",
         f"<p>{counts['images']:,} test scenes, made of digits that it has not seen in training.</p>",
@@ -417,7 +424,7 @@ def page(title: str, measured: dict, pictures: dict) -> str:
         ),
         "<h2>Scenes of another kind</h2><p>In training, there are none to two digits, 21 pixels wide in the mean.</p>",
         table(
-            ["", "scenes", "right count", "95% interval", *(f"inferred {n}" for n in range(MOST_STEPS + 1))],
+            ["", "scenes", "right count", "95% interval", *(f"inferred {n}" for n in range(most + 1))],
             *(
                 [
                     name,

@@ -203,6 +203,11 @@ def test_the_canvas_is_painted_once(air, x, monkeypatch):
     again = poutine.trace(poutine.replay(air.model, guide)).get_trace(x)
     assert len(calls) == 6
     torch.testing.assert_close(model.log_prob_sum(), again.log_prob_sum())
+    with torch.no_grad():
+        unlike = poutine.trace(air.guide).get_trace(x)
+    model = poutine.trace(poutine.replay(air.model, unlike)).get_trace(x)
+    model.log_prob_sum().backward()  # The decoder learns though the guide painted without gradients.
+    assert air.decode.mlp[0].weight.grad.abs().max() > 0
     air.guide(x)
     other = poutine.trace(poutine.replay(air.model, guide)).get_trace(x)
     torch.testing.assert_close(other.log_prob_sum(), again.log_prob_sum())
