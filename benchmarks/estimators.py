@@ -27,12 +27,13 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import main as script
+from seeds import train_until
+
 from air import AIR, to_images
 from multi_mnist import load_split
 from training.checkpoint import read_checkpoint
 from training.options import make_parser
-from training.run import Run, read_metrics
+from training.run import read_metrics
 from training.svi import count_ratio, make_svi
 
 # name: (--estimator, --baseline)
@@ -46,35 +47,20 @@ ACCURACIES = (0.90, 0.95, 0.98)
 MIDDLE = 500  # the second point at which the noise is measured; the others are the start and the end
 
 
-class KeepingRun(Run):
-    """A run that keeps its checkpoint of step MIDDLE."""
-
-    def save(self):
-        super().save()
-        if self.step == MIDDLE:
-            shutil.copy(self.folder / "checkpoint.pt", self.folder / "middle.pt")
-
-
 def train(name: str, seed: int, args) -> list[dict]:
     """The lines of metrics.jsonl of a finished run, which is made or completed if need be."""
     folder = args.out / f"{name.replace(', ', '-')}-seed{seed}"
     lines = read_metrics(folder)
-    if not lines or (lines[-1]["split"], lines[-1]["step"]) != ("test", args.num_steps):
-        estimator, baseline = ESTIMATORS[name]
-        flags = ["--estimator", estimator, "--baseline", baseline, "--seed", seed]
-        flags += ["-n", args.num_steps, "-b", args.batch_size]
-        flags += ["--eval-every", args.eval_every, "--data-dir", args.data_dir]
-        flags += ["--visdom", "off"]
-        if (folder / "checkpoint.pt").exists():
-            flags += ["--load", folder]
-        else:
-            shutil.rmtree(folder, ignore_errors=True)  # Stopped before there was anything to go on with.
-            flags += ["--out", folder]
-        print(f"{name}, seed {seed}", flush=True)
-        script.Run = KeepingRun
-        script.main([str(flag) for flag in flags])
-        lines = read_metrics(folder)
-    return lines
+    if lines and (lines[-1]["split"], lines[-1]["step"]) == ("test", args.num_steps):
+        return lines
+    print(f"{name}, seed {seed}", flush=True)
+    estimator, baseline = ESTIMATORS[name]
+    flags = ["--estimator", estimator, "--baseline", baseline, "--seed", seed, "-n", args.num_steps]
+    flags += ["-b", args.batch_size, "--eval-every", args.eval_every, "--data-dir", args.data_dir, "--visdom", "off"]
+    if not (folder / "middle.pt").exists():
+        train_until(folder, flags, MIDDLE)
+        shutil.copy(folder / "checkpoint.pt", folder / "middle.pt")
+    return train_until(folder, flags)
 
 
 def first_at(lines: list[dict], accuracy: float) -> tuple[float, float]:

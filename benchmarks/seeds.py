@@ -9,6 +9,7 @@ are there already are not made again, so that the script may be stopped and star
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,35 +25,47 @@ from training.run import read_metrics
 ROOT = Path(__file__).parent.parent
 
 
+def train_until(folder: Path, flags: list, step: int | None = None) -> list[dict]:
+    """Run main.py in `folder`, with one thread, until it has evaluated at `step` or later, or to its end.
+
+    A run that is there already is resumed. Returns the lines of its metrics.jsonl.
+    """
+
+    def done() -> bool:
+        lines = read_metrics(folder)
+        return any(line["split"] == "test" or (step is not None and line["step"] >= step) for line in lines)
+
+    if not done():
+        there = (folder / "checkpoint.pt").exists()
+        if not there:
+            shutil.rmtree(folder, ignore_errors=True)  # Stopped before there was anything to resume.
+        command = [sys.executable, ROOT / "main.py", *flags, "--load" if there else "--out", folder]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.with_name(f"{folder.name}.log")
+        with open(log, "w") as output:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            run = subprocess.Popen(list(map(str, command)), env=environment, stdout=output, stderr=output)
+            while run.poll() is None and not done():
+                time.sleep(0.2)
+            if step is not None:
+                run.send_signal(signal.SIGTERM)  # It saves and ends.
+            run.wait()
+        if not done():
+            sys.exit(f"main.py ended with status {run.returncode}, see {log}")
+    return read_metrics(folder)
+
+
 def first_steps(seed: int, args) -> dict:
     """The line of metrics.jsonl of a run's first evaluation at step `args.stop_at` or later."""
-    folder = args.out / f"seed{seed}"
-    command = [sys.executable, ROOT / "main.py", "--seed", seed, "--viz-every", 10**6, "--visdom", "off", *args.flags]
-    command += ["--load", folder] if (folder / "checkpoint.pt").exists() else ["--out", folder]
-    run = None
-    while not (line := reached(folder, args.stop_at)):
-        if run is None:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            run = subprocess.Popen(
-                list(map(str, command)), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-            )
-        if run.poll() is not None and not reached(folder, args.stop_at):
-            sys.exit(f"seed {seed}: main.py ended with status {run.returncode}: {run.stderr.read().decode()[-300:]}")
-        time.sleep(0.2)
-    if run:
-        run.send_signal(signal.SIGTERM)
-        run.communicate()
+    flags = ["--seed", seed, "--viz-every", 10**6, "--visdom", "off", *args.flags]
+    lines = train_until(args.out / f"seed{seed}", flags, args.stop_at)
+    line = next(line for line in lines if line["step"] >= args.stop_at)
     accuracy, mode = line["count_accuracy"], line["count_accuracy_mode"]
     print(
         f"seed {seed:>5}: {accuracy:.2%} ({mode:.2%} at the mode), {line['elbo']:.1f} nats at step {line['step']}",
         flush=True,
     )
     return line
-
-
-def reached(folder: Path, step: int) -> dict | None:
-    lines = [line for line in read_metrics(folder) if line["split"] == "validation" and line["step"] >= step]
-    return lines[0] if lines else None
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import estimators
 import numpy as np
 import pyro
 import pytest
+import seeds
 import speed
 import sprites
 import torch
@@ -35,14 +36,16 @@ def test_speed_compares(capsys):
 
 def test_estimators_compares_them_and_goes_on_where_it_was(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(estimators, "MIDDLE", 2)
-    flags = ["--seeds", "0", "-n", "4", "-b", "8", "--draws", "3", "--eval-every", "2"]
+    flags = ["--seeds", "0", "-n", "40", "-b", "8", "--draws", "3", "--eval-every", "2"]
     flags += ["--data-dir", str(data_dir), "--out", str(tmp_path), "--estimators", "traceenum", "tracegraph, RNN"]
     monkeypatch.setattr("sys.argv", ["estimators.py", *flags])
     estimators.main()
     out = capsys.readouterr().out
     assert "traceenum, seed 0" in out and "tracegraph, RNN, seed 0" in out
     noise = json.loads((tmp_path / "noise.json").read_text())
-    assert list(noise) == ["0", "2", "4"] and set(noise["2"]) == {"traceenum", "tracegraph, RNN"}
+    middle = int(list(noise)[1])  # where the signal found it
+    assert list(noise) == ["0", str(middle), "40"] and 2 <= middle < 40
+    assert set(noise["40"]) == {"traceenum", "tracegraph, RNN"}
     assert (tmp_path / "estimators.png").stat().st_size > 10_000
 
     # An interrupted run goes on, a finished one is left as it is.
@@ -68,6 +71,21 @@ def test_noise_of_the_gradients(x):
     measured = estimators.noise(checkpoint, 0, x.float(), args)
     attend = {name: row["attend"] for name, row in measured.items()}
     assert attend["traceenum"] < 0.8 * min(value for name, value in attend.items() if name != "traceenum")
+
+
+def test_seeds_stops_each_run_at_its_step(data_dir, tmp_path, monkeypatch, capsys):
+    """Runs with the schedules of whole ones; what is there is not made again."""
+    own = ["--", "-n", "100000", "-b", "8", "--eval-every", "2", "--data-dir", str(data_dir)]
+    monkeypatch.setattr(sys, "argv", ["seeds.py", "--seeds", "0", "7", "--stop-at", "4", "--out", str(tmp_path), *own])
+    seeds.main()
+    out = capsys.readouterr().out
+    assert "seed     0:" in out and "seed     7:" in out and "2 seeds" in out and "at step 4" in out
+    for seed in (0, 7):
+        config = json.loads((tmp_path / f"seed{seed}" / "config.json").read_text())
+        assert config["flags"]["seed"] == seed and config["flags"]["num_steps"] == 100_000
+    monkeypatch.setattr(seeds.subprocess, "Popen", None)
+    seeds.main()
+    assert capsys.readouterr().out.splitlines()[-1] == out.splitlines()[-1]
 
 
 def test_sprites_are_as_many_as_they_say(monkeypatch, tmp_path):

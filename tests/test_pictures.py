@@ -63,6 +63,14 @@ def test_a_server_on_this_machine_is_used_without_being_asked_for(monkeypatch, t
     assert asked == [("http://localhost:8097", "air")]
 
 
+def test_a_password_is_not_kept(run_main, monkeypatch, tmp_path):
+    monkeypatch.setattr(viz, "Dashboard", lambda url, env: None)
+    url = "http://me:se/cr@et@127.0.0.1:9"
+    assert run_main(*SHORT, "-n", 1, "--visdom", url, "--out", tmp_path / "run").returncode == 0
+    for name in ("config.json", "checkpoint.pt"):
+        assert b"127.0.0.1:9" in (content := (tmp_path / "run" / name).read_bytes()) and b"cr@et" not in content
+
+
 def test_mistakes_are_those_that_were_counted(run_main, monkeypatch, tmp_path):
     """The picture shows the very inference of which metrics.jsonl has the accuracy."""
     drawn = []

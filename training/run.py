@@ -7,6 +7,7 @@ not at all, so that a run that is killed at any moment can be resumed.
 import json
 import math
 import platform
+import re
 import signal
 import sys
 import threading
@@ -236,8 +237,9 @@ def stop_signals(processes: Processes) -> Iterator[None]:
 
 
 def plain_values(args) -> dict:
-    """The flags as plain values."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    """The flags as plain values, without a password that is in the URL of visdom."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return values | {"visdom": re.sub("//.*@", "//", args.visdom)}
 
 
 def write_text(path: Path, text: str) -> None:
