@@ -44,7 +44,7 @@ from modules import (
 # The cost to come is some hundreds of nats. A network of unit scale would take long to reach that.
 BASELINE_SCALE = 100.0
 # Of a network, an image or a count: more is a mistake or, in a checkpoint, malice.
-LARGEST_SIZE = 10_000
+MAX_SIZE, MAX_STEPS = 10_000, 50
 
 
 class Step(NamedTuple):
@@ -117,8 +117,9 @@ class AIR(nn.Module):
             raise ValueError(f"baseline must be 'rnn' or 'none', not {baseline!r}")
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         for name, size in self.config.items():
-            if name.endswith(("_steps", "_size")) and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
-                raise ValueError(f"{name} must be a whole number from 1 to {LARGEST_SIZE:,}, not {size!r}")
+            most = MAX_STEPS if name == "num_steps" else MAX_SIZE
+            if name.endswith(("_steps", "_size")) and not (isinstance(size, int) and 1 <= size <= most):
+                raise ValueError(f"{name} must be a whole number from 1 to {most:,}, not {size!r}")
         for name in ("likelihood_sd", "count_ratio"):
             if not 0 < self.config[name] < math.inf:
                 raise ValueError(f"{name} must be greater than 0, not {self.config[name]!r}")
@@ -145,6 +146,10 @@ class AIR(nn.Module):
         # The baseline's: no part of either distribution, and with a learning rate of its own.
         self.baseline = Baseline(image_size, 3 + z_what_size, baseline_size) if baseline == "rnn" else None
         self.just_painted = (), ()
+
+    def __getstate__(self) -> dict:
+        """For copies: without what was just painted, of which PyTorch refuses to make one."""
+        return {**super().__getstate__(), "just_painted": ((), ())}
 
     def set_count_prior(self, ratio: float) -> None:
         """While training, make the prior on the number of objects `p(n) ~ ratio ** n` for n = 0 .. T.
@@ -333,6 +338,8 @@ class AIR(nn.Module):
             raise ValueError(f"images have shape {list(x.shape)}, expected [n, {self.image_size}, {self.image_size}]")
         if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
             raise ValueError("images have values outside [0, 1], or NaN")
+        if num_steps is not None and not 1 <= num_steps <= MAX_STEPS:
+            raise ValueError(f"num_steps must be from 1 to {MAX_STEPS}, not {num_steps}")
         with nullcontext() if sample else MostProbable():
             steps, log_weight = self.log_importance_weight(x, num_steps)
         z_where = torch.stack([step.z_where for step in steps])

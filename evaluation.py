@@ -12,8 +12,8 @@ from tqdm import tqdm
 from air import AIR, Inference, to_images
 from multi_mnist import Scenes
 
-# Pixels of a batch of images, 500 of multi-MNIST's scenes: what is painted for them takes about 200 MB.
-BATCH_PIXELS = 500 * 50**2
+# Of the canvases of a batch, 500 of multi-MNIST's scenes with T = 3: all that is painted then takes about 200 MB.
+BATCH_PIXELS = 500 * 4 * 50**2
 KEPT_WHOLE = 30  # images of which an evaluation keeps everything
 
 
@@ -41,7 +41,8 @@ def evaluate(
     counts, or the RNN baseline, is None if there are none.
     """
     device = next(air.parameters()).device
-    num_steps, batch_size = num_steps or air.num_steps, batch_size or default_batch_size(air)
+    num_steps = num_steps or air.num_steps
+    batch_size = batch_size or default_batch_size(air, num_steps)
     with seeded_rng(device, seed):
         batches, first = [], []
         for start in range(0, len(scenes.x), batch_size):
@@ -69,9 +70,9 @@ def evaluate(
     return Evaluation(metrics, counts, boxes, Inference(*map(np.concatenate, zip(*first))))
 
 
-def default_batch_size(air: AIR) -> int:
+def default_batch_size(air: AIR, num_steps: int) -> int:
     """Images that are looked at together: fewer of large ones, so that memory does not grow with the canvas."""
-    return max(1, BATCH_PIXELS // air.image_size**2)
+    return max(1, BATCH_PIXELS // ((num_steps + 1) * air.image_size**2))
 
 
 def importance_bound(air: AIR, scenes: Scenes, samples: int = 100, seed: int = 0) -> np.ndarray:
@@ -80,7 +81,7 @@ def importance_bound(air: AIR, scenes: Scenes, samples: int = 100, seed: int = 0
     The weights are `p(x, z) / q(z | x)` at samples of the guide; with one of them it is the ELBO (Burda et
     al., ICLR 2016, arXiv:1509.00519).
     """
-    device, batch_size = next(air.parameters()).device, default_batch_size(air)
+    device, batch_size = next(air.parameters()).device, default_batch_size(air, air.num_steps)
     bounds = []
     with seeded_rng(device, seed):
         for start in tqdm(

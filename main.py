@@ -64,6 +64,7 @@ def train(args, checkpoint: dict | None) -> None:
         """Evaluate on `scenes`; note it in metrics.jsonl, draw the pictures, or both."""
         if not processes.is_main or not (record or draw):
             return None
+        run.check_parameters()
         if not record:  # For the pictures a part of the scenes will do.
             scenes = Scenes(*(None if part is None else part[:1000] for part in scenes))
         evaluation = evaluate(air, scenes)
@@ -83,9 +84,9 @@ def train(args, checkpoint: dict | None) -> None:
             run.finish_step(svi.step(x))
 
             evaluation_is_due, pictures_are_due = run.is_due(args.eval_every), run.is_due(args.viz_every)
+            look("validation", validation_scenes, record=evaluation_is_due, draw=pictures_are_due)
             if evaluation_is_due:
                 run.save()
-            look("validation", validation_scenes, record=evaluation_is_due, draw=pictures_are_due)
 
         if processes.should_stop:
             look("validation", validation_scenes, record=False, draw=True)
@@ -117,7 +118,7 @@ def load_scenes(args, processes: Processes) -> tuple[Scenes, Scenes, Scenes, str
 def load_own_scenes(path: Path, args) -> tuple[Scenes, Scenes, str]:
     """The images in a user's file: all but the last tenth, that tenth, which is held out, and their checksum."""
     if args.load and not path.exists():
-        raise RunError(f"{path}, which the run was trained on, is gone: name its new place with --data")
+        raise RunError(f"no such file: {path}; --data names the place of the run's images")
     scenes = load_canvases(path)
     n = len(scenes.x) // 10
     if n == 0:

@@ -311,8 +311,10 @@ def open_arrays(path):
     return np.load(path, allow_pickle=False)
 
 
-def one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def one_line(error) -> str:
+    """An error's message as one line that can be read; one of files may have much in it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 500 else f"{text[:400]} .. {text[-90:]}"
 
 
 def main() -> None:

@@ -17,10 +17,11 @@ import numpy as np
 from PIL import Image
 
 import viz
-from air import AIR
+from air import AIR, MAX_STEPS
 from images import letterbox, read_images
+from multi_mnist import one_line
 from training.checkpoint import load_air
-from training.options import UsageError, one_line, one_line_errors, positive
+from training.options import UsageError, one_line_errors, positive
 
 MOST_OBJECTS = 8  # that are looked for, whatever the run was trained with: its guide needs no other to find them
 
@@ -32,7 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder or checkpoint")
     parser.add_argument("images", type=Path, metavar="IMAGES", help="an image, an .npz, or a folder of them")
     parser.add_argument(
-        "-t", "--model-steps", type=positive(int, 50), metavar="T", help="most objects that are looked for (default: 8)"
+        "-t",
+        "--model-steps",
+        type=positive(int, MAX_STEPS),
+        metavar="T",
+        help="most objects that are looked for (default: 8)",
     )
     parser.add_argument("--invert", action="store_true", help="the images are dark on light")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to put a picture of each image with its boxes")
@@ -46,9 +51,10 @@ def main(argv: list[str] | None = None) -> None:
             args.out.mkdir(parents=True, exist_ok=True)
             if any(args.out.iterdir()):
                 raise UsageError(f"--out {args.out} already exists and is not empty; name another folder")
-        num_steps = args.model_steps or (MOST_OBJECTS if air.config["guide"] == "residual" else None)
-        for i, result in enumerate(predict(air, args.images, args.invert, args.out, num_steps)):
-            print(",\n" if i else "[", json.dumps(result), sep="", end="")
+        most = max(MOST_OBJECTS, air.num_steps) if air.config["guide"] == "residual" else air.num_steps
+        print("[", end="")
+        for i, result in enumerate(predict(air, args.images, args.invert, args.out, args.model_steps or most)):
+            print(",\n " if i else "", json.dumps(result), sep="", end="")
             if "error" in result:
                 failed += 1
                 print(f"{result['file']}: {one_line(result['error'])}", file=sys.stderr)

@@ -5,6 +5,7 @@ such pictures knows nothing of what is on them.
 """
 
 import logging
+import re
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -194,16 +195,18 @@ class Dashboard:
     """
 
     def __init__(self, url: str, env: str):
+        import requests
         from visdom import Visdom  # only here: most who draw have no use for it
 
         logging.getLogger("visdom").setLevel(logging.ERROR)  # It warns of what is meant to be so.
         try:
-            parts = urlsplit(url if "://" in url else f"http://{url}")
-            self.address = f"{parts.scheme}://{parts.hostname}:{parts.port or 8097}{parts.path.rstrip('/')}"
+            parts = urlsplit(url)
+            host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+            server, port, base = f"{parts.scheme}://{host}", parts.port or 8097, parts.path.rstrip("/")
             self.client = Visdom(
-                server=f"{parts.scheme}://{parts.hostname}",
-                port=parts.port or 8097,
-                base_url=parts.path.rstrip("/"),
+                server=server,
+                port=port,
+                base_url=base,
                 username=parts.username and unquote(parts.username),
                 password=parts.password and unquote(parts.password),
                 env=env,
@@ -212,21 +215,27 @@ class Dashboard:
                 use_incoming_socket=False,
             )
         except (ValueError, AssertionError) as error:
+            url = re.sub("//.*@", "//", url)
             raise ConnectionError(f"{url} is not the URL of a visdom server: {error}") from None
-        self.client.send, self.client._handle_post, self.timeout = True, self.post, 1.0
+        self.address, self.timeout = f"{server}:{port}{base}", 1.0
+        session = self.client._session = requests.Session()
+        session.trust_env = parts.hostname not in ("localhost", "127.0.0.1")  # no proxy for these
+        self.client.send, self.client._handle_post = True, self.post
         try:
+            if self.client.username:
+                login = {"username": self.client.username, "password": self.client.password}
+                session.post(self.address, json=login, timeout=self.timeout).raise_for_status()
             self.client._send({"eid": env}, endpoint=f"env/{env}")
-        except (ConnectionError, RuntimeError) as error:
-            reason = f" ({error})" if isinstance(error, RuntimeError) else ""  # of the login
+        except OSError as error:  # of requests, or visdom's
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            reason = f": the login failed with status {status}" if status else ""
             raise ConnectionError(f"no visdom server answers at {self.address}{reason}") from None
         self.timeout = 5.0
 
     def post(self, url, data=None) -> str:
         """Send to the server. (visdom itself would wait for ever for one that is lost, and take errors for answers.)"""
         try:
-            session = self.client.session
-            session.trust_env = not self.address.startswith(("http://localhost:", "http://127.0.0.1:"))  # no proxy
-            response = session.post(url, data=data or {}, timeout=self.timeout)
+            response = self.client.session.post(url, data=data or {}, timeout=self.timeout)
             response.raise_for_status()
         except (ValueError, OSError, HTTPError) as error:
             raise ConnectionError(error) from None

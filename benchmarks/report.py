@@ -56,7 +56,6 @@ def main(argv: list[str] | None = None) -> None:
         help="T, for unseen numbers of digits (default: 8)",
     )
     parser.add_argument("--data-dir", type=Path, help="where MNIST and the scenes are kept (default: the run's)")
-    parser.add_argument("--cuda", action="store_true", help="compute on the GPU")
     args = parser.parse_args(argv)
     with one_line_errors("report.py"):
         if not is_run_folder(args.run):
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         if not os.access(args.run, os.W_OK):
             raise UsageError(f"{args.run} cannot be written to")
         checkpoint, path = read_checkpoint(args.run)
-        air = build_air(checkpoint, path).to("cuda" if args.cuda else "cpu")
+        air = build_air(checkpoint, path)
         flags = checkpoint["flags"]
         if flags["data"]:
             raise UsageError(f"{args.run} was not trained on multi-MNIST, of which it is known what is where")
@@ -91,25 +90,24 @@ def report(air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray, nu
     scenes: with labels and boxes. digits, classes: what to compose further scenes of, see `compose`.
     num_steps: T, where there are more digits than in training.
     """
-    seen, codes = look(air, scenes.x)
+    seen = look(air, scenes.x)
     pairs = match(seen.boxes, seen.counts, scenes.boxes, scenes.counts)
     measured = {"counting": counting(air, scenes), "localisation": localisation(seen, pairs, scenes)}
     measured["representation"] = representation(air, digits, classes)
     measured["generalisation"], pictures = generalisation(air, digits, classes, num_steps)
-    return measured, pictures | disentangling(air, seen, codes, pairs, scenes)
+    return measured, pictures | disentangling(air, seen, pairs, scenes)
 
 
-def look(air: AIR, x: np.ndarray, num_steps: int | None = None) -> tuple[Inference, np.ndarray]:
-    """One sample of the guide for all images, as arrays, and the codes `[n, T, z_what_size]`."""
-    device, batch_size = next(air.parameters()).device, default_batch_size(air)
-    batches, codes = [], []
+def look(air: AIR, x: np.ndarray, num_steps: int | None = None) -> Inference:
+    """One sample of the guide for all images, as arrays."""
+    device, batch_size = next(air.parameters()).device, default_batch_size(air, num_steps or air.num_steps)
+    batches = []
     with seeded_rng(device), torch.no_grad():
         for start in range(0, len(x), batch_size):
             seen = air.infer(x[start : start + batch_size], num_steps=num_steps)
-            codes.append(seen.z_what_mean.cpu().numpy())
             seen = seen._replace(canvases=seen.counts, reconstruction=seen.counts)  # not looked at, and large
             batches.append([part.cpu().numpy() for part in seen])
-    return Inference(*map(np.concatenate, zip(*batches))), np.concatenate(codes)
+    return Inference(*map(np.concatenate, zip(*batches)))
 
 
 # ----------------------------------------------------------------------------------- what is measured
@@ -221,15 +219,15 @@ def representation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> dict:
 
 def features(air: AIR, scenes: Scenes) -> dict:
     """For each task the right answers and what a probe is given, from scenes of two digits each."""
-    seen, codes = look(air, scenes.x)
+    seen = look(air, scenes.x)
     pairs = match(seen.boxes, seen.counts, scenes.boxes, scenes.counts)
     at = pairs.scene, pairs.step
-    objects = {"codes": codes[at], "pixels": seen.x_att[at].reshape(len(pairs.scene), air.window_size**2)}
+    objects = {"codes": seen.z_what_mean[at], "pixels": seen.x_att[at].reshape(len(pairs.scene), air.window_size**2)}
 
-    n, steps, _ = codes.shape
+    n, steps, _ = seen.z_what_mean.shape
     used = np.arange(steps) < seen.counts[:, None]
     middle = np.where(used, seen.boxes[..., 0] + seen.boxes[..., 2] / 2, np.inf)
-    found = np.where(used[..., None], np.concatenate([codes, seen.z_where], -1), 0)
+    found = np.where(used[..., None], np.concatenate([seen.z_what_mean, seen.z_where], -1), 0)
     found = np.take_along_axis(found, middle.argsort(1)[..., None], 1)
     whole = {"codes": found.reshape(n, -1), "pixels": scenes.x.reshape(n, -1) / 255}
 
@@ -253,19 +251,19 @@ def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray, num_steps:
     """Scenes such as it was not trained on: three to five digits, and none to two of another size."""
     n, columns, measured, pictures = UNUSUAL, 10, {"more_digits": []}, {}
     any_number = compose(digits, classes, 2 * columns, np.random.default_rng(0), air.image_size, 5)
-    pictures[UNSEEN] = drawn(any_number, look(air, any_number.x, num_steps)[0], 2 * columns)
+    pictures[UNSEEN] = drawn(any_number, look(air, any_number.x, num_steps), 2 * columns)
     for digits_in_it in (3, 4, 5):
         rng = np.random.default_rng(digits_in_it)
         scenes = compose(digits, classes, n, rng, air.image_size, digits_in_it, min_digits=digits_in_it)
         for steps in (3, num_steps) if digits_in_it == 3 else (num_steps,):
-            seen, _ = look(air, scenes.x, steps)
+            seen = look(air, scenes.x, steps)
             measured["more_digits"].append({"digits": digits_in_it, "steps": steps} | counted(seen, scenes))
         pictures[f"{digits_in_it} digits: true count → inferred"] = drawn(scenes, seen, columns)
     measured["sizes"] = []
     for size in SIZES:
         shrink = (DIGIT_SIZE / (size + 0.5), 0.0)  # `compose` rounds down
         scenes = compose(digits, classes, n, np.random.default_rng(size), air.image_size, shrink=shrink)
-        seen, _ = look(air, scenes.x)
+        seen = look(air, scenes.x)
         measured["sizes"].append({"size_px": size} | counted(seen, scenes))
         if size in (SIZES[0], SIZES[-1]):
             pictures[f"digits of {size} pixels: true count → inferred"] = drawn(scenes, seen, columns)
@@ -290,7 +288,7 @@ def drawn(scenes: Scenes, seen: Inference, n: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def disentangling(air: AIR, seen: Inference, codes: np.ndarray, pairs: Pairs, scenes: Scenes) -> dict:
+def disentangling(air: AIR, seen: Inference, pairs: Pairs, scenes: Scenes) -> dict:
     """Pictures: codes on the way from one digit to another, painted; one object of a scene moved and made larger."""
     device, columns, pictures = next(air.parameters()).device, 10, {}
     at = np.linspace(0, 1, columns)
@@ -298,7 +296,9 @@ def disentangling(air: AIR, seen: Inference, codes: np.ndarray, pairs: Pairs, sc
     firsts = [np.flatnonzero(found == digit)[:1] for digit in range(10)]
     couples = [(i[0], j[0]) for i, j in zip(firsts, firsts[1:]) if len(i) and len(j)][::2]
     if couples:
-        start, end = np.array([codes[pairs.scene[list(c)], pairs.step[list(c)]] for c in couples]).swapaxes(0, 1)
+        start, end = np.array([seen.z_what_mean[pairs.scene[list(c)], pairs.step[list(c)]] for c in couples]).swapaxes(
+            0, 1
+        )
         between = start[:, None] + at[:, None] * (end - start)[:, None]
         objects = air.decode(torch.tensor(between, dtype=torch.float32, device=device).flatten(0, 1)).cpu().numpy()
         labels = [f"{found[i]} to {found[j]}" for i, j in couples]

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pyro
@@ -282,6 +283,15 @@ def test_inference_takes_arrays_of_any_layout(air, x):
     for array, tensor in ((arrays, x.flip(0, 2)), (arrays.astype(">f8"), x.flip(0, 2))):
         expected, actual = air.infer(tensor, sample=False), air.infer(array, sample=False)
         torch.testing.assert_close(expected.z_where, actual.z_where)
+
+
+def test_copies(air, x):
+    air.guide(x)  # leaves what it painted, with a graph behind it
+    other = copy.deepcopy(air)
+    assert torch.equal(other.infer(x, sample=False).boxes, air.infer(x, sample=False).boxes)
+    for num_steps in (0, -1, 51):
+        with pytest.raises(ValueError, match="num_steps"):
+            air.infer(x, num_steps=num_steps)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from conftest import ROOT, SHORT, metrics
 import multi_mnist
 from evaluation import evaluate
 from training.checkpoint import load_air
+from training.svi import count_ratio, schedule
 
 
 def parameters(folder):
@@ -161,7 +162,7 @@ def test_images_are_known_by_what_they_are(run_main, scenes, monkeypatch, tmp_pa
     assert run_main("--load", "run", "-n", 3).returncode == 0
     monkeypatch.chdir(tmp_path)
     gone = run_main("--load", moved / "run", "-n", 4)
-    assert gone.returncode == 2 and "is gone: name its new place with --data" in gone.stderr
+    assert gone.returncode == 2 and "my.npz; --data names the place of the run's images" in gone.stderr
     assert len(gone.stderr.splitlines()) == 1
     assert run_main("--load", moved / "run", "-n", 4, "--data", moved / "my.npz").returncode == 0
 
@@ -192,6 +193,17 @@ def test_own_images_that_do_not_do(run, run_main, scenes, tmp_path):
         refused = run_main(*flags, "--visdom", "off", "--out", tmp_path / "run")
         assert refused.returncode == 2 and error in refused.stderr and len(refused.stderr.splitlines()) == 1
         assert not (tmp_path / "run").exists()
+
+
+def test_learning_rate_and_count_prior_follow_their_schedules(run_main, monkeypatch, tmp_path):
+    ratios = []
+    set_count_prior = AIR.set_count_prior
+    monkeypatch.setattr(AIR, "set_count_prior", lambda air, ratio: ratios.append(ratio) or set_count_prior(air, ratio))
+    assert run_main("-n", 5, "-b", 8, "-blr", 0.1, "--visdom", "off", "--out", tmp_path / "run").returncode == 0
+    assert ratios == [count_ratio(step, 5) for step in range(5)]
+    groups = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [schedule(4, 5) * 4e-3, schedule(4, 5) * 0.1]
+    assert all(tuple(group["betas"]) == (0.9, 0.95) for group in groups)
 
 
 def test_in_a_thread(run_main, tmp_path):

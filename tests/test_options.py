@@ -102,7 +102,7 @@ def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scen
     others = {name: value for name, value in checkpoint.items() if name not in ("air", "parameters", "flags")}
     save_checkpoint(tmp_path / "cuda.pt", air, **others, flags=checkpoint["flags"] | {"cuda": True})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device was found; --no-cuda resumes on the CPU" in error("--load", tmp_path / "cuda.pt")
+    assert "no CUDA device was found; --no-cuda computes on the CPU" in error("--load", tmp_path / "cuda.pt")
     assert [line["step"] for line in metrics(folder)] == [2, 4, 6, 6]
 
 

@@ -1,6 +1,7 @@
 """A run's pictures, against a real visdom server: what is shown there, and what happens when it goes away."""
 
 import base64
+import contextlib
 import hashlib
 import http.server
 import io
@@ -14,12 +15,15 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from dashboard_page import complete_page, free_port, screenshot, server
 from PIL import Image
 
+import evaluation
 import training.pictures
 import viz
+from air import AIR
 from training.pictures import Pictures
 
 NAMES = {"attention", "reconstruction", "steps", "mistakes", "prior", "curves", "confusion"}
@@ -69,6 +73,21 @@ def test_a_password_is_not_kept(run_main, monkeypatch, tmp_path):
     assert run_main(*SHORT, "-n", 1, "--visdom", url, "--out", tmp_path / "run").returncode == 0
     for name in ("config.json", "checkpoint.pt"):
         assert b"127.0.0.1:9" in (content := (tmp_path / "run" / name).read_bytes()) and b"cr@et" not in content
+
+
+def test_drawing_leaves_a_gpus_random_numbers_alone(monkeypatch):
+    """All that seeds the GPU is within a fork of its generator."""
+    forked, device = [], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: forked.append(devices) or contextlib.nullcontext())
+    with evaluation.seeded_rng(device, 3):
+        assert forked == [[device]]
+    seeded = []
+    monkeypatch.setattr(
+        training.pictures, "seeded_rng", lambda device, seed=0: seeded.append(device) or contextlib.nullcontext()
+    )
+    air = AIR(look_size=8, hidden_size=8)
+    training.pictures.prior_samples(air, 7)
+    assert seeded == [next(air.parameters()).device] * 3
 
 
 def test_mistakes_are_those_that_were_counted(run_main, monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from air import AIR
 from predict import main, predict
+from training.checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,24 @@ def test_more_images_than_are_looked_at_at_once(air, scenes, tmp_path):
             assert count == seen.count_probs[0].argmax()
             boxes = np.array(results[i]["boxes"]).reshape(-1, 4)
             assert np.allclose(boxes, seen.boxes[0, :count].numpy(), atol=0.1)
+
+
+def test_more_objects_than_in_training_are_looked_for(air, scenes, tmp_path):
+    """Up to eight without being told; as many as asked for; and a run's own number if that is larger."""
+    with torch.no_grad():
+        air.attend.present[-1].bias[0] += 1000
+    try:
+        Image.fromarray(scenes.x[0]).save(tmp_path / "a.png")
+        for config, flags, count in (({}, (), 8), ({}, ("-t", 5), 5), ({"num_steps": 12}, (), 12)):
+            other = AIR(**config)
+            other.load_state_dict(air.state_dict())
+            save_checkpoint(tmp_path / "air.pt", other)
+            assert json.loads(call(main, tmp_path / "air.pt", tmp_path / "a.png", *flags).stdout)[0]["count"] == count
+        (tmp_path / "empty").mkdir()
+        assert json.loads(call(main, tmp_path / "air.pt", tmp_path / "empty").stdout) == []
+    finally:
+        with torch.no_grad():
+            air.attend.present[-1].bias[0] -= 1000
 
 
 def test_the_command(run_main, scenes, tmp_path):

@@ -141,7 +141,7 @@ def test_probes_tell_what_is_there_from_what_is_not(scenes, digits, monkeypatch)
         codes = np.eye(10)[labels].astype(np.float32)
         one = np.ones((n, 2, 28, 28), np.float32)
         where = np.zeros((n, 2, 3), np.float32)
-        return Inference(counts, where, where, where, codes, codes, boxes.astype(float), one, one, one, one), codes
+        return Inference(counts, where, where, where, codes, codes, boxes.astype(float), one, one, one, one)
 
     known, used = {}, []
 

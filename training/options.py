@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from multi_mnist import DataError
+from air import MAX_STEPS
+from multi_mnist import DataError, one_line
 from training.checkpoint import CheckpointError, read_checkpoint
 from training.parallel import ProcessLost, launched
 from training.run import RunError, is_run_folder
@@ -46,7 +47,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
             checkpoint, path = read_checkpoint(args.load)
             args = inherit(parser, argv, checkpoint, path)
         check(args)
-    except (CheckpointError, UsageError) as error:
+    except (CheckpointError, UsageError, ValueError) as error:  # ValueError: a path that cannot be one
         parser.error(one_line(error))
     return args, checkpoint
 
@@ -66,7 +67,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
     add("-lr", "--learning-rate", type=rate, default=4e-3, help="largest learning rate of model and guide")
     add("-blr", "--baseline-learning-rate", type=rate, default=4e-3, help="largest learning rate of the baseline")
     add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
-    add("--baseline", choices=["rnn", "none"], help="tracegraph's, against variance (default: rnn)")
+    add("--baseline", choices=["rnn", "none"], help="against tracegraph's variance (default: rnn)")
     add("--seed", type=seed, default=0, help="seed of training; the scenes are the same for all seeds")
     add("--cuda", action=argparse.BooleanOptionalAction, default=False, help="compute on the GPU")
 
@@ -74,7 +75,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
     add(
         "-t",
         "--model-steps",
-        type=positive(int, 50),
+        type=positive(int, MAX_STEPS),
         default=3,
         help="most objects in an image, T; an evaluation may have another",
     )
@@ -98,7 +99,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
     )
     add("--visdom-env", default="air", metavar="NAME", help="the visdom environment that they are in")
 
-    add = parser.add_argument_group("runs that are there already").add_argument
+    add = parser.add_argument_group("existing runs").add_argument
     add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: resume it")
     add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes or on --data, print JSON")
     return parser
@@ -184,7 +185,7 @@ def check(args) -> None:
     """Everything that can be known to be wrong before work starts. Fills in --out."""
     world_size, _, local_rank = launched()
     if args.cuda and not torch.cuda.is_available():
-        raise UsageError("--cuda: no CUDA device was found" + ("; --no-cuda resumes on the CPU" if args.load else ""))
+        raise UsageError("--cuda: no CUDA device was found" + ("; --no-cuda computes on the CPU" if args.load else ""))
     if args.cuda and local_rank >= torch.cuda.device_count():
         raise UsageError(f"--cuda: {torch.cuda.device_count()} CUDA devices are too few for torchrun's processes")
     if args.batch_size % world_size:
@@ -238,9 +239,3 @@ def one_line_errors(program: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def one_line(error: Exception) -> str:
-    """An error of files with much in them, as one line that can be read."""
-    text = " ".join(str(error).split())
-    return text if len(text) < 500 else f"{text[:400]} .. {text[-90:]}"

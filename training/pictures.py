@@ -128,7 +128,7 @@ def draw(air: AIR, split: str, scenes: Scenes, evaluation: Evaluation, lines: li
 def prior_samples(air: AIR, seed: int) -> np.ndarray:
     """Twenty scenes `[20, h, h]` from the prior: ten as they were painted before training, ten as they are now."""
     device = next(air.parameters()).device
-    with seeded_rng(torch.device("cpu"), seed):
+    with seeded_rng(device, seed):
         untrained = AIR(**air.config).to(device)
     counts = torch.arange(1, 11, device=device) % (air.num_steps + 1)
     samples = []

@@ -108,6 +108,8 @@ class Run:
             while self.step < n and not self.processes.should_stop:
                 self.started = time.perf_counter()
                 yield to_images(x[torch.randint(len(x), (size,), device=x.device)])
+            stop = torch.tensor([self.processes.stop_signal is not None], dtype=torch.int)  # during an evaluation
+            self.processes.should_stop = bool(self.processes.all_gather(stop).any())
 
     def finish_step(self, loss: float) -> None:
         """Count a step, or skip it if `svi.step` returned a loss that is not finite.
@@ -154,16 +156,20 @@ class Run:
 
         Raises NonFiniteError, and leaves the earlier one, if it could not be loaded again.
         """
+        self.check_parameters()
         state = self.optimizer.state_dict()
-        moments = [value for values in state["state"].values() for value in values.values()]
-        if not all(value.isfinite().all() for value in [*self.air.parameters(), *moments]):
-            raise NonFiniteError(f"not saved: after step {self.step} the parameters are not finite")
         rng = self.processes.all_gather(torch.get_rng_state())
         cuda_rng = self.processes.all_gather(torch.cuda.get_rng_state()) if self.args.cuda else None
         if self.processes.is_main:
             progress = {"step": self.step, "seconds": self.seconds, "data_sha256": self.data_sha256}
             progress |= {"flags": plain_values(self.args), "optimizer": state}
             save_checkpoint(self.folder / "checkpoint.pt", self.air, **progress, rng=rng, cuda_rng=cuda_rng)
+
+    def check_parameters(self) -> None:
+        """Raise NonFiniteError if parameters or optimizer are not finite: nothing can be learned from there."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        if not all(value.isfinite().all() for value in [*self.air.parameters(), *moments]):
+            raise NonFiniteError(f"after step {self.step} the parameters are not finite, and are not saved")
 
     def restore(self, checkpoint: dict) -> None:
         """Progress, the optimizer's moments and the random numbers' state as they were. Raises CheckpointError.
@@ -187,11 +193,11 @@ class Run:
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
             states = checkpoint["rng"].view(-1, len(torch.get_rng_state()))
-            if len(states) != world_size:
+            if len(states) != world_size or (self.args.cuda and checkpoint["cuda_rng"] is None):
                 self.seed_own_stream()
             else:
                 torch.set_rng_state(states[rank].clone())  # PyTorch does not take a part of a tensor for one.
-                if self.args.cuda and checkpoint["cuda_rng"] is not None:
+                if self.args.cuda:
                     torch.cuda.set_rng_state(checkpoint["cuda_rng"].view(world_size, -1)[rank].clone())
         except Exception as error:  # Whatever goes wrong, the file is at fault.
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -204,6 +210,7 @@ class Run:
 
     def exit_on_signal(self) -> None:
         """End the program as one that a signal ended."""
+        self.processes.barrier()  # torchrun ends all others as soon as one has ended.
         number = self.processes.stop_signal or signal.SIGTERM  # The other processes were told by the one that was.
         if self.processes.is_main:
             with suppress(BrokenPipeError):

@@ -46,7 +46,7 @@ def make_svi(
     def loss_and_grads(model, guide, x):
         try:
             loss = elbo.loss_and_grads(model, guide, x)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             if is_finite(guide, x):
                 raise
             loss = math.nan
