@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         "--model-steps",
         type=positive(int, MAX_STEPS),
         metavar="T",
-        help="most objects that are looked for (default: 8)",
+        help="most objects looked for (default: 8)",
     )
     parser.add_argument("--invert", action="store_true", help="the images are dark on light")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to put a picture of each image with its boxes")

@@ -296,9 +296,8 @@ def disentangling(air: AIR, seen: Inference, pairs: Pairs, scenes: Scenes) -> di
     firsts = [np.flatnonzero(found == digit)[:1] for digit in range(10)]
     couples = [(i[0], j[0]) for i, j in zip(firsts, firsts[1:]) if len(i) and len(j)][::2]
     if couples:
-        start, end = np.array([seen.z_what_mean[pairs.scene[list(c)], pairs.step[list(c)]] for c in couples]).swapaxes(
-            0, 1
-        )
+        codes = seen.z_what_mean[pairs.scene, pairs.step]
+        start, end = (codes[list(ends)] for ends in zip(*couples))
         between = start[:, None] + at[:, None] * (end - start)[:, None]
         objects = air.decode(torch.tensor(between, dtype=torch.float32, device=device).flatten(0, 1)).cpu().numpy()
         labels = [f"{found[i]} to {found[j]}" for i, j in couples]

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, SHORT, metrics
 
 import multi_mnist
+from air import AIR
 from evaluation import evaluate
 from training.checkpoint import load_air
 from training.svi import count_ratio, schedule
