@@ -34,9 +34,10 @@ def test_speed_compares(capsys):
     assert "residual traceenum" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_estimators_compares_them_and_goes_on_where_it_was(data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(estimators, "MIDDLE", 2)
-    flags = ["--seeds", "0", "-n", "40", "-b", "8", "--draws", "3", "--eval-every", "2"]
+    monkeypatch.setattr(estimators, "MIDDLE", 20)
+    flags = ["--seeds", "0", "-n", "40", "-b", "8", "--draws", "2", "--eval-every", "20"]
     flags += ["--data-dir", str(data_dir), "--out", str(tmp_path), "--estimators", "traceenum", "tracegraph, RNN"]
     monkeypatch.setattr("sys.argv", ["estimators.py", *flags])
     estimators.main()
@@ -44,7 +45,7 @@ def test_estimators_compares_them_and_goes_on_where_it_was(data_dir, tmp_path, m
     assert "traceenum, seed 0" in out and "tracegraph, RNN, seed 0" in out
     noise = json.loads((tmp_path / "noise.json").read_text())
     middle = int(list(noise)[1])  # where the signal found it
-    assert list(noise) == ["0", str(middle), "40"] and 2 <= middle < 40
+    assert list(noise) == ["0", str(middle), "40"] and 20 <= middle < 40
     assert set(noise["40"]) == {"traceenum", "tracegraph, RNN"}
     assert (tmp_path / "estimators.png").stat().st_size > 10_000
 

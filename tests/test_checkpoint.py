@@ -53,7 +53,7 @@ WRITER = """
 import sys
 sys.path.insert(0, {root!r})
 from training.checkpoint import write_file
-for _ in range(2000):
+for _ in range(500):
     write_file({path!r}, {letter!r} * 50_000)
 """
 
