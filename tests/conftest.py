@@ -107,4 +107,4 @@ def run_main(data_dir):
 def run(tmp_path_factory, data_dir):
     """One finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    return folder, call_main(data_dir, *SHORT, "--out", folder, script=ROOT / "main.py")
+    return folder, call_main(data_dir, *SHORT, "--visdom", "off", "--out", folder)

@@ -312,7 +312,7 @@ def test_ctrl_c_with_a_reader_that_it_ends_too(start, tmp_path):
     while not (folder / "attention.png").exists():
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.05)
-    time.sleep(2)
+    time.sleep(1)
     run.send_signal(signal.SIGINT)
     run.stderr.close()
     assert run.wait(timeout=60) == 130
