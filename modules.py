@@ -231,6 +231,7 @@ class ResidualAttention(nn.Module):
         seen = self.look(image_to_object(window, pictures, self.window_size, self.first_look))
         shift, scale = self.propose(seen).chunk(2, -1)
         s = s + self.z_where_scale[0] * shift[:, :1]
+        # 0.6: at first the window stays near the place.
         loc = torch.cat([s, 0.6 * shift[:, 1:] - s * place], -1)
         seen_closer = self.look_closer(image_to_object(loc, pictures, self.window_size, self.second_look))
         shift, factor = self.correct(seen_closer).chunk(2, -1)

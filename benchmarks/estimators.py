@@ -4,7 +4,7 @@
     python benchmarks/estimators.py --quick    # a smoke run: minutes, and its numbers mean nothing
 
 Every estimator is trained with every seed, by main.py, in runs/estimators. A run that is there is
-not made again, and one that was interrupted goes on: the script may be stopped and started at will.
+not made again, and one that was interrupted is resumed: the script may be stopped and started at will.
 
 The noise of the gradients is measured at three points of one run (tracegraph with its RNN baseline,
 the first seed): for all estimators at the same parameters and on the same mini-batch, so that all
