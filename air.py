@@ -267,12 +267,12 @@ class AIR(nn.Module):
         canvas = previous.canvas + self.paint(z_where, z_what)[1]
         return Step(attention, baseline, p_more, z_pres, z_where, z_what, z_what_mean, canvas)
 
-    def guide(self, x: Tensor, num_steps: int | None = None) -> list[Step]:
-        """Sample `q(z | x)` for images `[n, h, h]`; returns the steps."""
+    def guide(self, x: Tensor, num_steps: int | None = None, look: int = 0) -> list[Step]:
+        """Sample `q(z | x)` for images `[n, h, h]`; returns the steps. `look` is explained at `AIR.infer`."""
         n = len(x)
         baseline_projection = self.baseline and self.baseline.rnn.project_image(x)
         step = Step(
-            attention=self.attend.start(x),
+            attention=self.attend.start(x, look),
             baseline=self.baseline and self.baseline.rnn.start(n),
             p_more=x.new_ones(n),
             z_pres=x.new_ones(n),
@@ -302,21 +302,23 @@ class AIR(nn.Module):
         return torch.stack(self.canvases(z_where, z_what))[counts, torch.arange(len(counts), device=counts.device)]
 
     @torch.no_grad()
-    def log_importance_weight(self, x: Tensor, num_steps: int | None = None) -> tuple[list[Step], Tensor]:
+    def log_importance_weight(
+        self, x: Tensor, num_steps: int | None = None, look: int = 0
+    ) -> tuple[list[Step], Tensor]:
         """One sample of the guide for the images `x`, and its `log p(x, z) - log q(z | x)` `[n]`, in nats."""
-        guide, model = self.traces(x, num_steps)
+        guide, model = self.traces(x, num_steps, look)
         log_p, log_q = (
             sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site) for trace in (model, guide)
         )
         return guide.nodes["_RETURN"]["value"], log_p - log_q
 
     @torch.no_grad()
-    def traces(self, x: Tensor, num_steps: int | None = None) -> tuple[poutine.Trace, poutine.Trace]:
+    def traces(self, x: Tensor, num_steps: int | None = None, look: int = 0) -> tuple[poutine.Trace, poutine.Trace]:
         """A sample of the guide, and what the model makes of it: their traces, with log-probabilities, as evaluated."""
         training = self.training
         self.eval()
         try:
-            guide = poutine.trace(self.guide).get_trace(x, num_steps)
+            guide = poutine.trace(self.guide).get_trace(x, num_steps, look)
             model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(x, num_steps)
         finally:
             self.train(training)
@@ -325,13 +327,17 @@ class AIR(nn.Module):
         return guide, model
 
     @torch.no_grad()
-    def infer(self, x: Tensor, sample: bool = True, num_steps: int | None = None) -> Inference:
+    def infer(self, x: Tensor, sample: bool = True, num_steps: int | None = None, looks: int = 1) -> Inference:
         """What is in the images `x`, `[n, h, h]`, floats in [0, 1] (or uint8), a tensor or an array.
 
-        num_steps: T, the most objects that can be found, if not as many as in training.
-
         sample: whether to sample the guide, as the literature does to report accuracy, or to take at each
-            choice what it holds most probable. Raises ValueError for what cannot be such images.
+            choice what it holds most probable.
+        num_steps: T, the most objects that can be found, if not as many as in training.
+        looks: how many times to look at each image; what explains it best, with the largest
+            `log p(x, z) - log q(z | x)`, is kept. The residual guide looks at slightly other places each time, which
+            mends many of its mistakes; the RNN guide sees the same again.
+
+        Raises ValueError for what cannot be such images.
         """
         x = to_images(x, self.z_where_loc.device).to(self.z_where_loc.dtype)
         if x.shape[1:] != (self.image_size, self.image_size) or not x.numel():
@@ -340,31 +346,34 @@ class AIR(nn.Module):
             raise ValueError("images have values outside [0, 1], or NaN")
         if num_steps is not None and not 1 <= num_steps <= MAX_STEPS:
             raise ValueError(f"num_steps must be from 1 to {MAX_STEPS}, not {num_steps}")
-        with nullcontext() if sample else MostProbable():
-            steps, log_weight = self.log_importance_weight(x, num_steps)
-        z_where = torch.stack([step.z_where for step in steps])
-        z_what = torch.stack([step.z_what for step in steps])
-        z_pres = torch.stack([step.z_pres for step in steps])
-        p_more = torch.stack([step.p_more for step in steps])
-        y_att = torch.stack([self.decode(code) for code in z_what])
-        canvases = torch.stack([torch.zeros_like(x), *(step.canvas for step in steps)])
-        x_att = torch.stack([image_to_object(pose, x, self.window_size) for pose in z_where])
-        counts = z_pres.sum(0).long()
+        if looks < 1:
+            raise ValueError(f"looks must be at least 1, not {looks}")
+        kept = None
+        for look in range(looks):
+            with nullcontext() if sample else MostProbable():
+                steps, log_weight = self.log_importance_weight(x, num_steps, look)
+            names = ("p_more", "z_pres", "z_where", "z_what", "z_what_mean", "canvas")
+            seen = [log_weight, *(torch.stack([getattr(step, name) for step in steps], 1) for name in names)]
+            kept = kept or seen
+            better = log_weight > kept[0]
+            kept = [torch.where(better.view(-1, *[1] * (part.dim() - 1)), new, part) for part, new in zip(kept, seen)]
+        log_weight, p_more, z_pres, z_where, z_what, z_what_mean, canvases = kept
+        canvases = torch.cat([torch.zeros_like(x)[:, None], canvases], 1)
+        counts = z_pres.sum(1).long()
         # q(n) = (more, n times) * (then no more); after T steps it is over for sure.
-        ones = torch.ones_like(p_more[:1])
-        count_probs = torch.cat([ones, p_more.cumprod(0)]) * torch.cat([1 - p_more, ones])
+        ones = torch.ones_like(p_more[:, :1])
         return Inference(
             counts=counts,
-            count_probs=count_probs.mT,
+            count_probs=torch.cat([ones, p_more.cumprod(1)], 1) * torch.cat([1 - p_more, ones], 1),
             elbo=log_weight,
-            z_where=z_where.transpose(0, 1),
-            z_what=z_what.transpose(0, 1),
-            z_what_mean=torch.stack([step.z_what_mean for step in steps], 1),
-            boxes=pose_to_box(z_where, self.image_size).transpose(0, 1),
-            x_att=x_att.transpose(0, 1),
-            y_att=y_att.transpose(0, 1),
-            canvases=canvases.transpose(0, 1),
-            reconstruction=canvases[counts, torch.arange(len(x), device=x.device)],
+            z_where=z_where,
+            z_what=z_what,
+            z_what_mean=z_what_mean,
+            boxes=pose_to_box(z_where, self.image_size),
+            x_att=torch.stack([image_to_object(pose, x, self.window_size) for pose in z_where.unbind(1)], 1),
+            y_att=torch.stack([self.decode(code) for code in z_what.unbind(1)], 1),
+            canvases=canvases,
+            reconstruction=canvases[torch.arange(len(x), device=x.device), counts],
         )
 
 

@@ -27,27 +27,36 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    air: AIR, scenes: Scenes, num_steps: int | None = None, batch_size: int | None = None, seed: int = 0
+    air: AIR,
+    scenes: Scenes,
+    num_steps: int | None = None,
+    looks: int = 1,
+    batch_size: int | None = None,
+    seed: int = 0,
 ) -> Evaluation:
     """Count accuracy, ELBO and the like on `scenes`, one sample of the guide per image.
 
     num_steps: T, the most objects that can be found, if not as many as in training.
+    looks: if more than 1, the accuracy of so many looks is measured as well, see `AIR.infer`.
     With its own random numbers: whether and when it is called does not change a training run.
 
-    The metrics are plain numbers, the part of a line of metrics.jsonl that is measured here:
-    images; elbo (nats per image); count_accuracy (of the sampled count); count_accuracy_mode (of the
-    most probable count); confusion (true count 0.. by sampled count 0..T); last_step_rate (share of
-    images that used step T); baseline_r2 (see that function; of the first batch). What needs true
-    counts, or the RNN baseline, is None if there are none.
+    The metrics are plain numbers, the part of a line of metrics.jsonl that is measured here: images; elbo (nats per
+    image); count_accuracy (of the sampled count); count_accuracy_mode (of the most probable count);
+    count_accuracy_looks (without sampling, of the best of several looks); confusion (true count 0.. by sampled count
+    0..T); last_step_rate (share of images that used step T); baseline_r2 (see that function; of the first batch). What
+    needs true counts, or the RNN baseline, is None if there are none.
     """
     device = next(air.parameters()).device
     num_steps = num_steps or air.num_steps
     batch_size = batch_size or default_batch_size(air, num_steps)
     with seeded_rng(device, seed):
-        batches, first = [], []
+        batches, best, first = [], [], []
         for start in range(0, len(scenes.x), batch_size):
             seen = air.infer(scenes.x[start : start + batch_size], num_steps=num_steps)
             batches.append((seen.counts, seen.count_probs.argmax(-1), seen.elbo, seen.boxes))
+            if looks > 1 and scenes.counts is not None:
+                x = scenes.x[start : start + batch_size]
+                best.append(air.infer(x, sample=False, num_steps=num_steps, looks=looks).counts)
             if start < KEPT_WHOLE:
                 first.append([part[: KEPT_WHOLE - start].cpu().numpy() for part in seen])
         r2 = None if air.baseline is None else baseline_r2(air, to_images(scenes.x[:batch_size], device))
@@ -57,6 +66,7 @@ def evaluate(
         "elbo": float(elbo.mean(dtype=np.float64)),
         "count_accuracy": None,
         "count_accuracy_mode": None,
+        "count_accuracy_looks": None,
         "confusion": None,
         "last_step_rate": float((counts == num_steps).mean()),
         "baseline_r2": r2,
@@ -66,6 +76,8 @@ def evaluate(
         np.add.at(confusion, (scenes.counts, counts), 1)
         metrics["count_accuracy"] = float((counts == scenes.counts).mean())
         metrics["count_accuracy_mode"] = float((modes == scenes.counts).mean())
+        if best:
+            metrics["count_accuracy_looks"] = float((torch.cat(best).cpu().numpy() == scenes.counts).mean())
         metrics["confusion"] = confusion.tolist()
     return Evaluation(metrics, counts, boxes, Inference(*map(np.concatenate, zip(*first))))
 

@@ -67,7 +67,7 @@ def train(args, checkpoint: dict | None) -> None:
         run.check_parameters()
         if not record:  # For the pictures a part of the scenes will do.
             scenes = Scenes(*(None if part is None else part[:1000] for part in scenes))
-        evaluation = evaluate(air, scenes)
+        evaluation = evaluate(air, scenes, looks=air.attend.looks if split == "test" else 1)
         line = run.record(split, evaluation.metrics) if record else None
         if draw:
             pictures.show(air, split, scenes, evaluation)
@@ -145,7 +145,7 @@ def evaluate_only(args, checkpoint: dict) -> dict:
     else:
         split, scenes = "test", load_split("test", args.data_dir)
     check_size(scenes, air)
-    metrics = evaluate(air, scenes, args.model_steps).metrics
+    metrics = evaluate(air, scenes, args.model_steps, air.attend.looks).metrics
     return metrics_line(split, checkpoint["step"], checkpoint["seconds"], metrics)
 
 
@@ -168,6 +168,10 @@ def summary(result: dict, folder: Path) -> str:
             f"  count accuracy   {with_interval(result['count_accuracy'])}, by one sample of the guide",
             f"                   {with_interval(result['count_accuracy_mode'])}, by its most probable count",
         ]
+    if result["count_accuracy_looks"] is not None:
+        lines.append(
+            f"                   {with_interval(result['count_accuracy_looks'])}, by the best of several looks"
+        )
     lines += [
         f"  ELBO             {result['elbo']:.1f} nats per image",
         f"  last step used   in {result['last_step_rate']:.2%} of the images",

@@ -7,6 +7,7 @@ canvas, and larger `s` is a smaller window. `s` is taken to be at least 1 (`MIN_
 never larger than the canvas, and `1/s` never blows up.
 """
 
+import math
 from functools import reduce
 
 import torch
@@ -126,7 +127,7 @@ class RNNAttention(nn.Module):
     prior, so that the first guess is a plausible window. The encoder sees the image.
     """
 
-    pictures = 1  # that the encoder sees
+    pictures, looks = 1, 1  # that the encoder sees; that pay, when an image is looked at several times
 
     def __init__(self, image_size: int, z_what_size: int, rnn_size: int, hidden_size: int, prior: PosePrior):
         super().__init__()
@@ -135,7 +136,7 @@ class RNNAttention(nn.Module):
         self.register_buffer("z_where_loc", torch.tensor(prior[0]), persistent=False)
         self.register_buffer("z_where_scale", torch.tensor(prior[1]), persistent=False)
 
-    def start(self, x: Tensor) -> tuple:
+    def start(self, x: Tensor, look: int = 0) -> tuple:
         """What is carried from step to step, before the first: the image's projection, and the LSTM's state."""
         return self.rnn.project_image(x), self.rnn.start(len(x))
 
@@ -172,13 +173,14 @@ class ResidualAttention(nn.Module):
     later ones is left out of the gradient, which is biased by that. (With it, training is unstable.)
     """
 
-    pictures = 2
+    pictures, looks = 2, 5
     first_look, second_look = 2.0, 1.5  # how wide, in widths of the window
 
     def __init__(self, image_size: int, window_size: int, hidden_size: int, prior: PosePrior):
         super().__init__()
         self.window_size = window_size
-        window = image_size / prior[0][0]  # an ordinary one, in canvas pixels
+        self.window = 2 / prior[0][0]  # an ordinary one's side, in canvas coordinates
+        window = image_size / prior[0][0]  # and in pixels
         self.thickness = 2 * round(window / 16) + 1
         # Sums over squares are products with matrices of ones near the diagonal, from both sides.
         pixels = torch.arange(image_size)
@@ -197,9 +199,15 @@ class ResidualAttention(nn.Module):
         nn.init.zeros_(self.correct.bias)
         self.present = MLP(2 * hidden_size, 100, 1)
 
-    def start(self, x: Tensor) -> tuple:
-        """It carries nothing from step to step."""
-        return ()
+    def start(self, x: Tensor, look: int = 0) -> tuple:
+        """What is carried from step to step, and stays as it is: how far to look from the place, (x, y).
+
+        The first look, 0, is at the place; later ones are a fifth of a window away from it, each in another direction.
+        """
+        if look == 0:
+            return (x.new_zeros(2),)
+        turn = 2.4 * look  # The golden angle: any number of looks are spread evenly.
+        return (0.2 * self.window * x.new_tensor([math.cos(turn), math.sin(turn)]),)
 
     @torch.no_grad()
     def residual(self, x: Tensor, canvas: Tensor) -> Tensor:
@@ -222,10 +230,10 @@ class ResidualAttention(nn.Module):
     def forward(self, x: Tensor, canvas: Tensor, z_where: Tensor, z_what: Tensor, state: tuple) -> tuple:
         """One step for images and canvases `[batch, h, h]`; the step before is not looked at.
 
-        Returns the logit of `z_pres` `[batch]`, mean and sd of `z_where` `[batch, 3]` each, and the (empty) state.
+        Returns the logit of `z_pres` `[batch]`, mean and sd of `z_where` `[batch, 3]` each, and the state.
         """
         residual = self.residual(x, canvas)
-        place, pictures = self.place(residual), torch.cat([residual, x], -1)
+        place, pictures = self.place(residual) + state[0], torch.cat([residual, x], -1)
         s = self.z_where_loc[0]
         window = torch.cat([s.expand(len(x), 1), -s * place], -1)
         seen = self.look(image_to_object(window, pictures, self.window_size, self.first_look))
@@ -237,7 +245,7 @@ class ResidualAttention(nn.Module):
         shift, factor = self.correct(seen_closer).chunk(2, -1)
         loc = loc + self.z_where_scale * shift
         scale = self.z_where_scale * softplus(scale) * 2 * torch.sigmoid(factor)
-        return self.present(torch.cat([seen, seen_closer], -1))[:, 0], loc, scale, ()
+        return self.present(torch.cat([seen, seen_closer], -1))[:, 0], loc, scale, state
 
     def crop(self, z_where: Tensor, x: Tensor, canvas: Tensor, window_size: int) -> Tensor:
         """What the encoder sees: the window in what the canvas lacks and in the image, `[batch, w, 2 * w]`."""

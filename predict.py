@@ -72,10 +72,10 @@ def predict(
 ) -> Iterator[dict]:
     """What is in the images at `path`: an image file, an .npz file (see `images.load_arrays`), or a folder of these.
 
-    Yields a dictionary for each image, of plain values: file; index (within an .npz); count, the
-    guide's most probable one; count_probability, what the guide gives it; boxes, `[x, y, w, h]` each,
-    in pixels of the image as it was (they may reach beyond its edges). For a file that cannot be read:
-    file and error. Nothing is sampled: see `AIR.infer`.
+    Yields a dictionary for each image, of plain values: file; index (within an .npz); count, the guide's most probable
+    one; count_probability, what the guide gives it; boxes, `[x, y, w, h]` each, in pixels of the image as it was (they
+    may reach beyond its edges). For a file that cannot be read: file and error. Nothing is sampled; it is the best of
+    several looks, see `AIR.infer`.
 
     folder: where to put a picture of each image with its boxes, if anywhere.
     num_steps: T, the most objects that can be found, if not as many as in training.
@@ -94,7 +94,7 @@ def predict(
 def count_and_find(air: AIR, batch: list[tuple[dict, np.ndarray]], folder: Path | None, num_steps: int | None) -> None:
     """Add to what is known of each image what is in it; draw it, if there is a folder for the pictures."""
     canvases, places = zip(*(letterbox(image, air.image_size) for _, image in batch))
-    seen = air.infer(np.stack(canvases), sample=False, num_steps=num_steps)
+    seen = air.infer(np.stack(canvases), sample=False, num_steps=num_steps, looks=air.attend.looks)
     probs, boxes = seen.count_probs.cpu().numpy(), seen.boxes.cpu().numpy()
     for (result, image), (left, top, across, down), prob, box in zip(batch, places, probs, boxes):
         count = int(prob.argmax())

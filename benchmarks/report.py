@@ -98,13 +98,13 @@ def report(air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray, nu
     return measured, pictures | disentangling(air, seen, pairs, scenes)
 
 
-def look(air: AIR, x: np.ndarray, num_steps: int | None = None) -> Inference:
-    """One sample of the guide for all images, as arrays."""
+def look(air: AIR, x: np.ndarray, num_steps: int | None = None, looks: int | None = None) -> Inference:
+    """One sample of the guide for all images, as arrays; or the best of so many looks, without sampling."""
     device, batch_size = next(air.parameters()).device, default_batch_size(air, num_steps or air.num_steps)
     batches = []
     with seeded_rng(device), torch.no_grad():
         for start in range(0, len(x), batch_size):
-            seen = air.infer(x[start : start + batch_size], num_steps=num_steps)
+            seen = air.infer(x[start : start + batch_size], looks is None, num_steps, looks or 1)
             seen = seen._replace(canvases=seen.counts, reconstruction=seen.counts)  # not looked at, and large
             batches.append([part.cpu().numpy() for part in seen])
     return Inference(*map(np.concatenate, zip(*batches)))
@@ -114,11 +114,11 @@ def look(air: AIR, x: np.ndarray, num_steps: int | None = None) -> Inference:
 
 
 def counting(air: AIR, scenes: Scenes) -> dict:
-    measured = evaluate(air, scenes).metrics
+    measured = evaluate(air, scenes, looks=air.attend.looks).metrics
     bound = importance_bound(air, scenes)
+    names = [name for name in measured if name.startswith("count_accuracy") and measured[name] is not None]
     return measured | {
-        "count_accuracy_interval": interval(measured["count_accuracy"], len(scenes.x)),
-        "count_accuracy_mode_interval": interval(measured["count_accuracy_mode"], len(scenes.x)),
+        **{f"{name}_interval": interval(measured[name], len(scenes.x)) for name in names},
         "importance_bound_100": float(bound.mean(dtype=np.float64)),
     }
 
@@ -248,36 +248,44 @@ def probes() -> dict:
 
 
 def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray, num_steps: int) -> tuple[dict, dict]:
-    """Scenes such as it was not trained on: three to five digits, and none to two of another size."""
-    n, columns, measured, pictures = UNUSUAL, 10, {"more_digits": []}, {}
+    """Scenes such as it was not trained on: three to five digits, and none to two of another size.
+
+    The pictures show the best of several looks.
+    """
+    n, columns, measured, pictures, looks = UNUSUAL, 10, {"more_digits": []}, {}, air.attend.looks
     any_number = compose(digits, classes, 2 * columns, np.random.default_rng(0), air.image_size, 5)
-    pictures[UNSEEN] = drawn(any_number, look(air, any_number.x, num_steps), 2 * columns)
+    pictures[UNSEEN] = drawn(any_number, look(air, any_number.x, num_steps, looks), 2 * columns)
     for digits_in_it in (3, 4, 5):
         rng = np.random.default_rng(digits_in_it)
         scenes = compose(digits, classes, n, rng, air.image_size, digits_in_it, min_digits=digits_in_it)
         for steps in (3, num_steps) if digits_in_it == 3 else (num_steps,):
-            seen = look(air, scenes.x, steps)
-            measured["more_digits"].append({"digits": digits_in_it, "steps": steps} | counted(seen, scenes))
-        pictures[f"{digits_in_it} digits: true count → inferred"] = drawn(scenes, seen, columns)
+            counted, best = count(air, scenes, steps)
+            measured["more_digits"].append({"digits": digits_in_it, "steps": steps} | counted)
+        pictures[f"{digits_in_it} digits: true count → inferred"] = drawn(scenes, best, columns)
     measured["sizes"] = []
     for size in SIZES:
         shrink = (DIGIT_SIZE / (size + 0.5), 0.0)  # `compose` rounds down
         scenes = compose(digits, classes, n, np.random.default_rng(size), air.image_size, shrink=shrink)
-        seen = look(air, scenes.x)
-        measured["sizes"].append({"size_px": size} | counted(seen, scenes))
+        counted, best = count(air, scenes)
+        measured["sizes"].append({"size_px": size} | counted)
         if size in (SIZES[0], SIZES[-1]):
-            pictures[f"digits of {size} pixels: true count → inferred"] = drawn(scenes, seen, columns)
+            pictures[f"digits of {size} pixels: true count → inferred"] = drawn(scenes, best, columns)
     return measured, pictures
 
 
-def counted(seen: Inference, scenes: Scenes) -> dict:
-    accuracy = mean(seen.counts == scenes.counts)
-    return {
+def count(air: AIR, scenes: Scenes, num_steps: int | None = None) -> tuple[dict, Inference]:
+    """How often the count is right, in one sample and in the best of several looks; and what these saw."""
+    seen, best = look(air, scenes.x, num_steps), look(air, scenes.x, num_steps, air.attend.looks)
+    accuracy, of_looks = (mean(counts == scenes.counts) for counts in (seen.counts, best.counts))
+    measured = {
         "images": len(scenes.x),
         "count_accuracy": accuracy,
         "count_accuracy_interval": interval(accuracy, len(scenes.x)),
+        "count_accuracy_looks": of_looks,
+        "count_accuracy_looks_interval": interval(of_looks, len(scenes.x)),
         "inferred_counts": np.bincount(seen.counts, minlength=seen.count_probs.shape[1]).tolist(),
     }
+    return measured, best
 
 
 def drawn(scenes: Scenes, seen: Inference, n: int) -> np.ndarray:
@@ -344,6 +352,9 @@ def page(title: str, measured: dict, pictures: dict) -> str:
     counts, where, probes, other = (
         measured[name] for name in ("counting", "localisation", "representation", "generalisation")
     )
+    name, looked = "count_accuracy_looks", []
+    if counts[name] is not None:  # The RNN guide looks once.
+        looked = [["right count, best of several looks", share(counts, name), span(counts, name)]]
     steps, most = len(counts["confusion"][0]), max(part["steps"] for part in other["more_digits"])
     body = [
         "<h2>Counting</h2>",
@@ -356,6 +367,7 @@ def page(title: str, measured: dict, pictures: dict) -> str:
                 share(counts, "count_accuracy_mode"),
                 span(counts, "count_accuracy_mode"),
             ],
+            *looked,
             ["ELBO, nats per image", f"{counts['elbo']:.1f}", ""],
             ["importance-weighted bound, 100 samples", f"{counts['importance_bound_100']:.1f}", ""],
             ["images that used the last step", share(counts, "last_step_rate"), ""],
@@ -423,13 +435,23 @@ def page(title: str, measured: dict, pictures: dict) -> str:
         ),
         "<h2>Scenes of another kind</h2><p>In training, there are none to two digits, 21 pixels wide in the mean.</p>",
         table(
-            ["", "scenes", "right count", "95% interval", *(f"inferred {n}" for n in range(most + 1))],
+            [
+                "",
+                "scenes",
+                "right count",
+                "95% interval",
+                "best of several looks",
+                "95% interval",
+                *(f"inferred {n}" for n in range(most + 1)),
+            ],
             *(
                 [
                     name,
                     f"{part['images']:,}",
                     share(part, "count_accuracy"),
                     span(part, "count_accuracy"),
+                    share(part, "count_accuracy_looks"),
+                    span(part, "count_accuracy_looks"),
                     *(f"{n:,}" for n in part["inferred_counts"]),
                 ]
                 for name, part in [

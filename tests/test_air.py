@@ -8,7 +8,7 @@ from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
 from torch import nn
 
-from air import AIR
+from air import AIR, MostProbable
 from modules import image_to_object, object_to_image
 
 SMALL = {"image_size": 50, "window_size": 9, "z_what_size": 4, "rnn_size": 16, "hidden_size": 12, "baseline_size": 8}
@@ -139,11 +139,9 @@ def test_a_step_of_the_residual_guide_depends_on_what_is_left_only(x):
     """What an object leaves of the image, not which step it is: the reason why it counts what it has not seen."""
     air = AIR(**SMALL).double().eval()
     canvas = 0.7 * x.flip(0)
-    torch.manual_seed(0)
-    for state in ((), ((torch.rand(3),),)):
-        first = air.attend(x, canvas, torch.zeros(6, 3).double(), torch.zeros(6, 4).double(), state)
-        other = air.attend(x, canvas, torch.rand(6, 3).double(), torch.rand(6, 4).double(), state)
-        assert all(torch.equal(a, b) for a, b in zip(first[:3], other[:3]))
+    first = air.attend(x, canvas, torch.zeros(6, 3).double(), torch.zeros(6, 4).double(), air.attend.start(x))
+    other = air.attend(x, canvas, torch.rand(6, 3).double(), torch.rand(6, 4).double(), first[3])
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], other[:3]))
 
 
 def test_steps_after_the_last_object_contribute_nothing(air, x):
@@ -275,6 +273,34 @@ def test_inference_without_sampling(air, x):
     more = seen.count_probs.flip(-1).cumsum(-1).flip(-1)  # [n, T + 1], q(count >= n)
     expected = (more[:, 1:] / more[:, :-1] > 0.5).int().cumprod(-1).sum(-1)
     assert torch.equal(seen.counts, expected)
+
+
+def test_the_best_of_several_looks(x):
+    """Of each image all that the look with the largest weight saw; the first is the ordinary one."""
+    air = AIR(**SMALL).double()
+    looks = []
+    for look in range(4):
+        with MostProbable():
+            looks.append(air.log_importance_weight(x, look=look))
+    steps, weights = zip(*looks)
+    weights = torch.stack(weights)
+    best = weights.argmax(0)
+    assert len(best.unique()) > 1
+    seen = air.infer(x, sample=False, looks=4)
+    torch.testing.assert_close(seen.elbo, weights.amax(0))
+    for i, look in enumerate(best.tolist()):
+        assert seen.counts[i] == sum(step.z_pres[i] for step in steps[look])
+        for t in range(3):
+            assert torch.equal(seen.z_where[i, t], steps[look][t].z_where[i])
+            assert torch.equal(seen.canvases[i, t + 1], steps[look][t].canvas[i])
+    first = air.infer(x, sample=False)
+    assert torch.equal(first.elbo, weights[0])
+    # Each look begins a fifth of a window away from the place, and in another direction.
+    away = torch.stack([air.attend.start(x, look)[0] for look in range(4)])
+    assert away[0].tolist() == [0, 0] and away[1:].norm(dim=-1).tolist() == pytest.approx([0.2 * 2 / 3] * 3)
+    assert torch.pdist(away).min() > 0.1
+    with pytest.raises(ValueError, match="looks"):
+        air.infer(x, looks=0)
 
 
 def test_inference_takes_arrays_of_any_layout(air, x):

@@ -35,6 +35,12 @@ def test_the_numbers_are_what_they_are_called(air, scenes):
     assert np.array_equal(evaluation.first.canvases, seen[0].canvases[:30])
 
 
+def test_several_looks_are_measured_beside_one_sample(air, scenes):
+    one, more = evaluate(air, scenes).metrics, evaluate(air, scenes, looks=3).metrics
+    right = air.infer(scenes.x, sample=False, looks=3).counts.numpy() == scenes.counts
+    assert one["count_accuracy_looks"] is None and more == one | {"count_accuracy_looks": right.mean()}
+
+
 def test_any_batch_size_and_the_same_again(air, scenes):
     few = Scenes(scenes.x[:10], scenes.counts[:10])
     results = [evaluate(air, few, batch_size=size).metrics for size in (1, 3, 10, 500, 500)]

@@ -182,7 +182,8 @@ def test_what_is_painted_is_thickened(attention):
 
 def test_no_gradient_passes_through_the_canvas_of_a_proposal(attention):
     canvas = torch.rand(2, 50, 50, requires_grad=True)
-    outputs = attention(torch.rand(2, 50, 50), canvas, None, None, ())
+    x = torch.rand(2, 50, 50)
+    outputs = attention(x, canvas, None, None, attention.start(x))
     sum(output.sum() for output in outputs[:3]).backward()
     assert canvas.grad is None and attention.look[1].weight.grad.abs().max() > 0
 

@@ -22,8 +22,14 @@ def air():
 
 
 @pytest.fixture
+def one_look(air, monkeypatch):
+    """Which of several looks is best is a close call before training."""
+    monkeypatch.setattr(type(air.attend), "looks", 1)
+
+
+@pytest.fixture
 def expected(air, scenes):
-    seen = air.infer(scenes.x[:3], sample=False)
+    seen = air.infer(scenes.x[:3], sample=False, looks=air.attend.looks)
     counts = seen.count_probs.argmax(-1).tolist()
     assert sum(counts) > 2, "otherwise there is hardly a box to compare"
     assert np.ptp(seen.boxes[:, 0].numpy(), axis=0).max() > 3, "otherwise it does not matter what it looks at"
@@ -97,7 +103,7 @@ def test_however_an_image_is_stored(way, air, scenes, expected, tmp_path):
     check(results, expected)
 
 
-def test_boxes_are_in_the_images_own_pixels(air, scenes, expected, tmp_path):
+def test_boxes_are_in_the_images_own_pixels(air, scenes, one_look, expected, tmp_path):
     """Scenes enlarged four times (and made smaller again a little less sharp: the guide may choose a pixel beside)."""
     large = scenes.x[:3].repeat(4, 1).repeat(4, 2)
     np.savez(tmp_path / "large.npz", x=large)
@@ -113,7 +119,7 @@ def test_an_archive_of_images_that_are_no_squares(air, scenes, tmp_path):
     # The same scene in the middle of the model's canvas, its boxes moved up by the 5 rows that are added above.
     square = np.zeros_like(scenes.x[0])
     square[5:45] = x
-    seen = air.infer(square[None], sample=False)
+    seen = air.infer(square[None], sample=False, looks=5)
     assert alone["count"] == seen.count_probs[0].argmax() > 0
     assert np.allclose(alone["boxes"], seen.boxes[0, : alone["count"]].numpy() - [0, 5, 0, 0], atol=0.05)
 
@@ -125,7 +131,7 @@ def test_more_images_than_are_looked_at_at_once(air, scenes, tmp_path):
         results = list(predict(air, tmp_path / name, invert=name == "b.npz"))
         assert [result["index"] for result in results] == list(range(40))
         for i in range(0, 40, 3):
-            seen = air.infer(scenes.x[i : i + 1], sample=False)
+            seen = air.infer(scenes.x[i : i + 1], sample=False, looks=5)
             count = results[i]["count"]
             assert count == seen.count_probs[0].argmax()
             boxes = np.array(results[i]["boxes"]).reshape(-1, 4)
