@@ -61,7 +61,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
         **options,
     )
     add = parser.add_argument_group("training").add_argument
-    add("-n", "--num-steps", type=positive(int, 10**9), default=3000, help="training steps, those before resuming too")
+    add("-n", "--num-steps", type=positive(int, 10**9), default=4500, help="training steps, those before resuming too")
     add("-b", "--batch-size", type=positive(int, 100_000), default=128, help="images per step")
     rate = positive(float, 10**6)
     add("-lr", "--learning-rate", type=rate, default=4e-3, help="largest learning rate of model and guide")
