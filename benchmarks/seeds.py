@@ -1,9 +1,10 @@
-"""Does it learn with every seed? The first steps of many runs of main.py, two at a time, one thread each.
+"""Does it learn with every seed? Many runs of main.py, two at a time, one thread each.
 
     python benchmarks/seeds.py                                   # fifty seeds, to step 500 of a default run
-    python benchmarks/seeds.py --seeds 0 1 2 -- --guide rnn      # others; what follows -- is for main.py
+    python benchmarks/seeds.py --whole --seeds 0 1 2             # whole runs, evaluated on the test scenes
+    python benchmarks/seeds.py --seeds 0 1 2 -- --guide rnn      # what follows -- is for main.py
 
-Each run has the schedules of a whole one, and is stopped at the first evaluation at that step or later. Runs that
+Each run has the schedules of a whole one; it is stopped at the first evaluation at that step or later. Runs that
 are there already are not made again, so that the script may be stopped and started at will.
 """
 
@@ -16,13 +17,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from training.run import read_metrics
 
 ROOT = Path(__file__).parent.parent
+ACCURACIES = {"sample": "count_accuracy", "mode": "count_accuracy_mode", "looks": "count_accuracy_looks"}
 
 
 def train_until(folder: Path, flags: list, step: int | None = None) -> list[dict]:
@@ -55,14 +57,14 @@ def train_until(folder: Path, flags: list, step: int | None = None) -> list[dict
     return read_metrics(folder)
 
 
-def first_steps(seed: int, args) -> dict:
-    """The line of metrics.jsonl of a run's first evaluation at step `args.stop_at` or later."""
+def accuracies(seed: int, args) -> dict:
+    """The line of metrics.jsonl of a run's first evaluation at step `args.stop_at` or later, or of its last one."""
     flags = ["--seed", seed, "--viz-every", 10**6, "--visdom", "off", *args.flags]
-    lines = train_until(args.out / f"seed{seed}", flags, args.stop_at)
-    line = next(line for line in lines if line["step"] >= args.stop_at)
-    accuracy, mode = line["count_accuracy"], line["count_accuracy_mode"]
+    lines = train_until(args.out / f"seed{seed}", flags, None if args.whole else args.stop_at)
+    line = lines[-1] if args.whole else next(line for line in lines if line["step"] >= args.stop_at)
+    measured = " ".join(f"{name} {line[key]:.2%}" for name, key in ACCURACIES.items() if line[key] is not None)
     print(
-        f"seed {seed:>5}: {accuracy:.2%} ({mode:.2%} at the mode), {line['elbo']:.1f} nats at step {line['step']}",
+        f"seed {seed:>5}: {measured}, {line['elbo']:.1f} nats at step {line['step']} ({line['seconds']:.0f} s)",
         flush=True,
     )
     return line
@@ -72,17 +74,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Does it learn with every seed?", allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=range(50), metavar="SEED", help="(default: 0 to 49)")
     parser.add_argument("--stop-at", type=int, default=500, metavar="STEP", help="(default: %(default)s)")
+    parser.add_argument("--whole", action="store_true", help="do not stop; print the test accuracies")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of main.py")
     args = parser.parse_args()
     with ThreadPoolExecutor(2) as pool:
-        lines = list(pool.map(lambda seed: first_steps(seed, args), args.seeds))
-    accuracies = [line["count_accuracy_mode"] for line in lines]
-    print(
-        f"{len(lines)} seeds, validation scenes, accuracy at the mode: median {median(accuracies):.2%}, "
-        f"worst {min(accuracies):.2%}; above 97%: {sum(a > 0.97 for a in accuracies)}, "
-        f"95 to 97%: {sum(0.95 < a <= 0.97 for a in accuracies)}, below: {sum(a <= 0.95 for a in accuracies)}"
-    )
+        lines = list(pool.map(lambda seed: accuracies(seed, args), args.seeds))
+    print(f"{len(lines)} seeds, {lines[0]['split']} scenes; ELBO {mean(line['elbo'] for line in lines):.1f} nats")
+    for name, key in ACCURACIES.items():
+        values = [line[key] for line in lines if line[key] is not None]
+        if values:
+            print(
+                f"  {name:<6} mean {mean(values):.2%}, median {median(values):.2%}, worst {min(values):.2%}; "
+                f"above 97%: {sum(a > 0.97 for a in values)}, 95 to 97%: {sum(0.95 < a <= 0.97 for a in values)}, "
+                f"below: {sum(a <= 0.95 for a in values)}"
+            )
 
 
 if __name__ == "__main__":

@@ -89,6 +89,15 @@ def test_seeds_stops_each_run_at_its_step(data_dir, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.splitlines()[-1] == out.splitlines()[-1]
 
 
+def test_seeds_of_whole_runs(data_dir, tmp_path, monkeypatch, capsys):
+    own = ["--", "-n", "4", "-b", "8", "--data-dir", str(data_dir)]
+    monkeypatch.setattr(sys, "argv", ["seeds.py", "--whole", "--seeds", "3", "--out", str(tmp_path), *own])
+    seeds.main()
+    out, last = capsys.readouterr().out, json.loads((tmp_path / "seed3/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["split"] == "test" and "test scenes" in out
+    assert f"sample {last['count_accuracy']:.2%}" in out and f"looks {last['count_accuracy_looks']:.2%}" in out
+
+
 def test_sprites_are_as_many_as_they_say(monkeypatch, tmp_path):
     """As many pieces of ink as shapes, or fewer where they touch; and no file that is there is replaced."""
     monkeypatch.setattr(sys, "argv", ["sprites.py", str(tmp_path / "a.npz"), "-n", "60"])
