@@ -66,6 +66,7 @@ class Inference(NamedTuple):
     counts: Tensor  # int64 [n], the number of objects
     count_probs: Tensor  # [n, T + 1], q(number of objects) given these poses and codes
     elbo: Tensor  # [n], nats: log p(x, z) - log q(z | x), of which the ELBO is the mean over samples
+    explained: Tensor  # [n], the share of the image's ink (its squared pixels) that the reconstruction accounts for
     z_where: Tensor  # [n, T, 3], poses [s, x, y]; see modules.py for their units
     z_what: Tensor  # [n, T, z_what_size], codes
     z_what_mean: Tensor  # [n, T, z_what_size], the means of q(z_what_t | x, z_where_t)
@@ -344,6 +345,8 @@ class AIR(nn.Module):
             raise ValueError(f"images have shape {list(x.shape)}, expected [n, {self.image_size}, {self.image_size}]")
         if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
             raise ValueError("images have values outside [0, 1], or NaN")
+        if torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]]).median() > 0.04:
+            raise ValueError("images have no black background: `images.to_canvases` brings them to the model")
         if num_steps is not None and not 1 <= num_steps <= MAX_STEPS:
             raise ValueError(f"num_steps must be from 1 to {MAX_STEPS}, not {num_steps}")
         if looks < 1:
@@ -360,12 +363,15 @@ class AIR(nn.Module):
         log_weight, p_more, z_pres, z_where, z_what, z_what_mean, canvases = kept
         canvases = torch.cat([torch.zeros_like(x)[:, None], canvases], 1)
         counts = z_pres.sum(1).long()
+        reconstruction = canvases[torch.arange(len(x), device=x.device), counts]
+        error, ink = ((part**2).sum((1, 2)) for part in (x - reconstruction, x))
         # q(n) = (more, n times) * (then no more); after T steps it is over for sure.
         ones = torch.ones_like(p_more[:, :1])
         return Inference(
             counts=counts,
             count_probs=torch.cat([ones, p_more.cumprod(1)], 1) * torch.cat([1 - p_more, ones], 1),
             elbo=log_weight,
+            explained=1 - (error / ink.clamp(min=1e-6)).clamp(max=1),
             z_where=z_where,
             z_what=z_what,
             z_what_mean=z_what_mean,
@@ -373,7 +379,7 @@ class AIR(nn.Module):
             x_att=torch.stack([image_to_object(pose, x, self.window_size) for pose in z_where.unbind(1)], 1),
             y_att=torch.stack([self.decode(code) for code in z_what.unbind(1)], 1),
             canvases=canvases,
-            reconstruction=canvases[torch.arange(len(x), device=x.device), counts],
+            reconstruction=reconstruction,
         )
 
 

@@ -10,17 +10,20 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from air import AIR, Inference, to_images
+from images import largest_objects
 from multi_mnist import Scenes
 
 # Of the canvases of a batch, 500 of multi-MNIST's scenes with T = 3: all that is painted then takes about 200 MB.
 BATCH_PIXELS = 500 * 4 * 50**2
 KEPT_WHOLE = 30  # images of which an evaluation keeps everything
+UNUSUAL = 0.003  # the share of ordinary scenes that each of three signs takes for unusual
 
 
 class Evaluation(NamedTuple):
     """Of one sample of the guide for each of `n` images: what was measured, and what it saw."""
 
     metrics: dict  # see `evaluate`
+    usual: dict  # see `usual`
     counts: np.ndarray  # int64 [n], the number of objects
     boxes: np.ndarray  # [n, T, 4], the windows as (x, y, w, h) in pixels; a step t was used where t < counts
     first: Inference  # all about the first images, as arrays
@@ -53,14 +56,14 @@ def evaluate(
         batches, best, first = [], [], []
         for start in range(0, len(scenes.x), batch_size):
             seen = air.infer(scenes.x[start : start + batch_size], num_steps=num_steps)
-            batches.append((seen.counts, seen.count_probs.argmax(-1), seen.elbo, seen.boxes))
+            batches.append((seen.counts, seen.count_probs.argmax(-1), seen.elbo, seen.explained, seen.boxes))
             if looks > 1 and scenes.counts is not None:
                 x = scenes.x[start : start + batch_size]
                 best.append(air.infer(x, sample=False, num_steps=num_steps, looks=looks).counts)
             if start < KEPT_WHOLE:
                 first.append([part[: KEPT_WHOLE - start].cpu().numpy() for part in seen])
         r2 = None if air.baseline is None else baseline_r2(air, to_images(scenes.x[:batch_size], device))
-    counts, modes, elbo, boxes = (torch.cat(parts).cpu().numpy() for parts in zip(*batches))
+    counts, modes, elbo, explained, boxes = (torch.cat(parts).cpu().numpy() for parts in zip(*batches))
     metrics = {
         "images": len(counts),
         "elbo": float(elbo.mean(dtype=np.float64)),
@@ -79,7 +82,43 @@ def evaluate(
         if best:
             metrics["count_accuracy_looks"] = float((torch.cat(best).cpu().numpy() == scenes.counts).mean())
         metrics["confusion"] = confusion.tolist()
-    return Evaluation(metrics, counts, boxes, Inference(*map(np.concatenate, zip(*first))))
+    ordinary = usual(counts, elbo, explained, largest_objects(scenes.x))
+    return Evaluation(metrics, ordinary, counts, boxes, Inference(*map(np.concatenate, zip(*first))))
+
+
+def usual(counts: np.ndarray, elbo: np.ndarray, explained: np.ndarray, largest: np.ndarray) -> dict:
+    """What ordinary scenes look like to an AIR, given of each: count, ELBO, `explained`, and its largest object's size.
+
+    explained: the least share of ink explained; largest_object: in pixels; elbo: of an image with no objects, and
+    elbo_per_object, what each adds, such that the ELBO of n objects is at least `elbo + n * elbo_per_object`. All but
+    a share `UNUSUAL` of the scenes are within each.
+    """
+    shares = np.bincount(counts) / len(counts)
+    # A few scenes with a count that they should not have, and scenes that nothing was found in, are no measure.
+    kinds = [n for n in np.flatnonzero(shares > 0.02) if n > 0]
+    least = [np.quantile(elbo[counts == n], UNUSUAL) for n in kinds]
+    if len(kinds) < 2:
+        kinds, least = [*kinds, 0], [*least, np.quantile(elbo[counts == 0], UNUSUAL) if shares[0] else elbo.max()]
+    slope, start = np.polyfit(kinds, least, 1) if len(kinds) > 1 else (0.0, least[0])
+    return {
+        "elbo": float(start),
+        "elbo_per_object": float(min(slope, 0.0)),
+        "explained": float(np.quantile(explained, UNUSUAL)),
+        "largest_object": float(np.quantile(largest, 1 - UNUSUAL)),
+    }
+
+
+def unusual(usual: dict, count: int, elbo: float, explained: float, largest: float) -> list[str]:
+    """What is unlike the scenes that an AIR was trained on, in words; nothing if it is like them."""
+    least = usual["elbo"] + count * usual["elbo_per_object"]
+    signs = []
+    if explained < usual["explained"]:
+        signs.append(f"{explained:.0%} of its ink is explained, usually at least {usual['explained']:.0%}")
+    if elbo < least:
+        signs.append(f"its ELBO is {elbo:.0f} nats, with {count} objects usually at least {least:.0f}")
+    if largest > usual["largest_object"]:
+        signs.append(f"a piece of it is {largest:.0f} pixels long, usually at most {usual['largest_object']:.0f}")
+    return signs
 
 
 def default_batch_size(air: AIR, num_steps: int) -> int:

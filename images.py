@@ -1,23 +1,83 @@
-"""Images of one's own, as the model takes them: light on black, square, uint8 or floats in [0, 1].
+"""Images of one's own, as the model takes them: light objects on black, on square canvases.
 
-Training and evaluation read `.npz` files (`load_canvases`); prediction reads these and image files
-of any kind (`read_images`), and puts each on a canvas by one rule (`letterbox`).
+Training, evaluation and prediction read them with `read_file` and bring them to the model by one rule, `to_canvases`:
+
+1. Colours become grey; the range of grey is the smallest of 1, 255, 1,023, 4,095, 16,383 and 65,535 that a file's
+   values fit in.
+2. An image is scaled so that its longer side is the canvas's.
+3. The median grey of its border, or if that is uneven a smooth surface fitted to it, is taken for the background.
+4. Objects are what differs from the background. If more of that is darker than lighter, in all images together, they
+   are inverted.
+5. The background becomes black, and the brightest pixel of each image white. An image of one grey is empty; one whose
+   contrast is too low to be told from noise is *faint*: it is taken for empty, and that is said.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
+from scipy import ndimage
 
 from multi_mnist import LARGEST_FILE, DataError, Scenes, one_line, open_arrays
 
+RANGES = (1, 255, 1023, 4095, 16383, 65535)
+LARGEST_CANVAS = 128  # pixels a side, to train on: larger images are made smaller
+# Greys, of a range from 0 to 1, less than which is: no difference at all, no contrast, an even border.
+SAME, FAINT, EVEN = 0.01, 0.04, 0.03
+NOISE = 6  # a contrast of less than so many standard deviations of the noise is none
+INK = 0.5  # the least brightness of what `largest_objects` measures
 
-def load_arrays(path) -> Scenes:
-    """A user's own `.npz`: `x`, uint8 or floats in [0, 1], `[n, h, w]`, and perhaps `counts` `[n]`.
 
-    Raises DataError, with one line that says what is wrong, unless the file holds just that.
+class Canvases(NamedTuple):
+    """Images as the model takes them, and what was done to them."""
+
+    x: np.ndarray  # uint8 [n, size, size]
+    places: (
+        np.ndarray
+    )  # [n, 4], in canvas pixels where the image's corner lies (x, y), and by what it was scaled (x, y)
+    faint: np.ndarray  # bool [n], whether the contrast was too low
+    remarks: list[str]  # what was done that a user may want to know
+
+
+def files_in(path: Path) -> list[Path]:
+    """The file, or the files of a folder in order, without hidden ones and subfolders. DataError if there are none."""
+    if not path.exists():
+        raise DataError(f"no such file or folder: {path}")
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
+    if not files:
+        raise DataError(f"{path} has no files (subfolders are not looked into)")
+    return files
+
+
+def read_file(path: Path) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """The images in a file as they are, blocks `[n, h, w]` of numbers of any type, and true counts `[images]` or None.
+
+    An `.npz` has an array `x` `[n, h, w]` and perhaps `counts` `[n]`; of any other image file, each frame is a block.
+    Raises DataError, with one line that says what is wrong.
     """
+    if path.suffix.lower() == ".npz":
+        x, counts = read_arrays(path)
+        blocks = [x]
+    else:
+        try:
+            with Image.open(path) as image:
+                # The second image in a phone's JPEG is no other picture.
+                frames = [image] if image.format == "MPO" else ImageSequence.Iterator(image)
+                blocks, counts = [to_grey(ImageOps.exif_transpose(frame))[None] for frame in frames], None
+        except Exception as error:  # Whatever goes wrong in reading, the file is at fault.
+            raise DataError(f"{path} cannot be read: {one_line(error)}") from None
+    for x in blocks:
+        if x.dtype != bool and not (x.min() >= 0 and x.max() <= RANGES[-1]):  # false for NaN as well
+            raise DataError(f"images in {path} have values below 0 or above {RANGES[-1]:,}, or NaN")
+    return blocks, counts
+
+
+def read_arrays(path) -> tuple[np.ndarray, np.ndarray | None]:
+    """`x` and `counts` of an `.npz` file. Raises DataError unless they are images and numbers of objects."""
     try:
         with open_arrays(path) as file:
             names = file.files
@@ -27,85 +87,189 @@ def load_arrays(path) -> Scenes:
                 raise ValueError("what is in it is not an array")
     except FileNotFoundError:
         raise DataError(f"no such file: {path}") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder, expected an .npz file with the images in an array 'x'") from None
     except Exception as error:  # Whatever else goes wrong in reading, the file is at fault.
         raise DataError(f"{path} is not a readable .npz file of plain arrays: {one_line(error)}") from None
     if x is None:
         raise DataError(f"{path} has no array 'x', only {', '.join(map(repr, names[:5])) or 'nothing'}")
     if x.ndim != 3 or not x.size:
         raise DataError(f"images in {path} have shape {list(x.shape)}, expected [n, h, w], none of them 0")
-    if x.dtype != np.uint8:
-        if x.dtype.kind != "f":
-            raise DataError(f"images in {path} are {x.dtype}, expected uint8 or floats in [0, 1]")
-        if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
-            raise DataError(f"images in {path} have values outside [0, 1], or NaN")
-        x = x.astype(np.float32)
+    if x.dtype.kind not in "biuf":
+        raise DataError(f"images in {path} are {x.dtype}, expected numbers")
     if counts is not None:
         if counts.shape != (len(x),) or counts.dtype.kind not in "iu" or counts.min() < 0 or counts.max() > 1000:
             raise DataError(f"counts in {path} must be {len(x)} whole numbers from 0 to 1,000, one per image")
         counts = counts.astype(np.int64)
-    return Scenes(x, counts)
+    return x, counts
 
 
-def load_canvases(path) -> Scenes:
-    """`load_arrays`'s images as the model takes them: `[n, h, h]`, padded with black where they are not square."""
-    scenes = load_arrays(path)
-    n, *sides = scenes.x.shape
-    size = max(sides)
-    if n * size**2 * scenes.x.itemsize > LARGEST_FILE:
-        raise DataError(f"images in {path} are too many to make square: {n:,} of {size:,} pixels a side")
-    if sides == [size, size]:
-        return scenes
-    margins = [((size - side) // 2, (size - side + 1) // 2) for side in sides]
-    return scenes._replace(x=np.pad(scenes.x, [(0, 0), *margins]))
-
-
-def read_images(path: Path, invert: bool) -> Iterator[tuple[dict, np.ndarray | None]]:
-    """What is known of each image in a file, and itself (`[h, w]`, uint8 or floats in [0, 1]) if it can be read."""
-    try:
-        if path.suffix.lower() == ".npz":
-            x = load_arrays(path).x
-            if invert:
-                x = (255 if x.dtype == np.uint8 else 1) - x
-            for i in range(len(x)):
-                yield {"file": path.name, "index": i}, x[i]
-            return
-        with Image.open(path) as image:
-            x = to_grey(ImageOps.exif_transpose(image), background=255 if invert else 0)
-        yield {"file": path.name}, 255 - x if invert else x
-    except Exception as error:  # Whatever goes wrong in reading, the file is at fault.
-        yield {"file": path.name, "error": one_line(error)}, None
-
-
-def to_grey(image: Image.Image, background: int) -> np.ndarray:
-    """Any image as uint8 `[h, w]`, transparent parts on a background of that grey."""
-    if image.mode.startswith("I"):  # 16 bits, in all such files that we know of
-        return (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
-    if image.mode == "F":
-        raise DataError("its pixels are floats, of which nobody knows what is white")
+def to_grey(image: Image.Image) -> np.ndarray:
+    """An image of any mode as greys `[h, w]`. What is transparent is black behind light ink, and white behind dark."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return np.asarray(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        grey = (background, background, background, 255)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, grey), image)
+        grey, alpha = (np.asarray(band, np.float32) for band in image.convert("LA").split())
+        behind = 255.0 if (alpha * grey).sum() < 127.5 * alpha.sum() else 0.0
+        return (behind + (grey - behind) * (alpha / 255)).round().astype(np.uint8)
     return np.asarray(image.convert("L"))
 
 
-def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[float, float, float, float]]:
-    """An image `[h, w]` as a canvas, float32 `[size, size]`, and where it came to lie.
+def load_canvases(path: Path, size: int | None = None, invert: bool | None = None) -> tuple[Scenes, list[str]]:
+    """The images in a file, or in all files of a folder together, on canvases; and remarks about them, a line each.
 
-    Scaled, its shape kept, so that its longer side is the canvas's; its background, the median grey, made
-    black, and what is darker as well, while white stays white; and centred on black. With the canvas come
-    the place of the image's corner (x, y) in canvas pixels, and by what it was scaled (x, y).
+    size: of the canvas; by default the longest side of all images, but at most `LARGEST_CANVAS`.
+    Files of a folder that cannot be read are left out, with a remark.
+    Raises DataError if nothing can be read.
     """
-    height, width = image.shape
-    w, h = (max(1, round(side * size / max(height, width))) for side in (width, height))
-    left, top = (size - w) // 2, (size - h) // 2
-    canvas = np.zeros((size, size), np.float32)
-    scaled = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
-    scaled = scaled / 255 if image.dtype == np.uint8 else scaled.clip(0, 1)
-    background = np.median(scaled)
-    if background < 1:
-        scaled = ((scaled - background) / (1 - background)).clip(0, 1)
-    canvas[top : top + h, left : left + w] = scaled
-    return canvas, (left, top, w / width, h / height)
+    files, remarks = files_in(path), []
+    scaled, places, counts = [], [], []
+    if size is None:
+        size = min(LARGEST_CANVAS, max(longest_side(file) for file in files))
+    for file in files:
+        try:
+            blocks, some_counts = read_file(file)
+        except DataError as error:
+            if len(files) == 1:
+                raise
+            remarks.append(f"left out: {one_line(error)}")
+            continue
+        for part, place in fit(blocks, size):
+            scaled.append(part)
+            places.append(place)
+        counts.append(some_counts)
+    if not scaled:
+        raise DataError(f"{path} has no file that can be read; the first: {remarks[0].removeprefix('left out: ')}")
+    counts = np.concatenate(counts) if all(part is not None for part in counts) else None
+    canvases = finish(scaled, places, size, invert)
+    return Scenes(canvases.x, counts), [*remarks, *(f"{path}: {remark}" for remark in canvases.remarks)]
+
+
+def longest_side(path: Path) -> int:
+    """Of the images in a file, in pixels; 1 if it cannot be read."""
+    try:
+        if path.suffix.lower() == ".npz":
+            return max(read_arrays(path)[0].shape[1:])
+        with Image.open(path) as image:
+            return max(image.size)
+    except Exception:  # `read_file` says why.
+        return 1
+
+
+# ------------------------------------------------------------------------------------------ the rule
+
+
+def to_canvases(blocks: list[np.ndarray], size: int, invert: bool | None = None) -> Canvases:
+    """The images of a file, blocks `[n, h, w]`, as the model takes them, by the rule in the module's docstring.
+
+    invert: whether they are dark on light; None finds it out.
+    """
+    return finish(*zip(*fit(blocks, size)), size, invert)
+
+
+def fit(blocks: list[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, tuple[float, float, float, float]]]:
+    """Of each block the images with greys from 0 to 1, scaled to the canvas, float16 `[n, h, w]`, and their place."""
+    white = np.float32(white_of(blocks))
+    for block in blocks:
+        n, *sides = block.shape
+        h, w = (max(1, round(side * size / max(sides))) for side in sides)
+        if n * size**2 > LARGEST_FILE:
+            raise DataError(f"these are too many images: {n:,} on canvases of {size:,} pixels a side")
+        scaled = np.empty((n, h, w), np.float16)
+        for i, image in enumerate(block):
+            image = image.astype(np.float32) / white
+            if (h, w) != image.shape:
+                image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)).clip(0, 1)
+            scaled[i] = image
+        yield scaled, ((size - w) // 2, (size - h) // 2, w / sides[1], h / sides[0])
+
+
+def white_of(blocks: list[np.ndarray]) -> int:
+    """The end of the range of grey that a file's values fit in."""
+    largest = max(block.max() for block in blocks)
+    return next(white for white in RANGES if largest <= white)
+
+
+def finish(scaled, places, size: int, invert: bool | None) -> Canvases:
+    """Steps 3 to 5 of the rule, for blocks of images that fit the canvas."""
+    remarks, uneven, tops, faint, canvases = [], 0, [], [], []
+    total, found = sum(map(len, scaled)), invert
+    if invert is None:  # A thousand images will do.
+        some = [part[:: max(1, total // 1000)] for part in scaled][:: max(1, len(scaled) // 1000)]
+        differences = [without_background(part)[0] for part in some]
+        found = bool(sum((part.clip(max=0) ** 2).sum() - (part.clip(min=0) ** 2).sum() for part in differences) > 0)
+    for whole, (left, top, _, _) in zip(scaled, places):
+        for start in range(0, len(whole), 1000):
+            part = whole[start : start + 1000]
+            difference, is_uneven = without_background(part)
+            same = np.abs(difference).max((1, 2)) < SAME
+            difference = (-difference if found else difference).clip(min=0)
+            brightest = difference.max((1, 2))
+            changes = np.abs(np.diff(part.astype(np.float32), axis=2))
+            # Of Normal noise, the median of the differences of neighbours is 0.954 standard deviations.
+            noise = np.median(changes, (1, 2)) / 0.954 if changes.size else np.zeros(len(part))
+            low = ~same & (brightest < np.maximum(FAINT, NOISE * noise))
+            brightest = np.where(same | low, np.inf, brightest)
+            x = np.zeros((len(part), size, size), np.uint8)
+            _, h, w = part.shape
+            x[:, top : top + h, left : left + w] = (255 * difference / brightest[:, None, None]).round()
+            canvases.append(x)
+            faint.append(low)
+            uneven += is_uneven.sum()
+            tops.append(brightest[~(same | low)])
+    faint, tops = np.concatenate(faint), np.concatenate(tops)
+    of = "" if total == 1 else f" in {{}} of {total:,} images"
+    if invert is None and found:
+        remarks.append("dark objects on a light background: inverted (--no-invert leaves them as they are)")
+    if uneven:
+        remarks.append(f"uneven background{of.format(f'{uneven:,}')}: a smooth surface was taken off")
+    if len(tops) and np.median(tops) < 0.5:
+        remarks.append(f"low contrast, {np.median(tops):.0%} of the range: the brightest pixel was made white")
+    if faint.any():
+        remarks.append(f"contrast too low to be told from noise{of.format(f'{faint.sum():,}')}: taken for empty")
+    places = np.repeat(np.array(places), [len(part) for part in scaled], 0)
+    return Canvases(np.concatenate(canvases), places, faint, remarks)
+
+
+def without_background(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What images `[n, h, w]` differ by from their background, and whether that is uneven, `[n]`."""
+    images = images.astype(np.float32)
+    _, h, w = images.shape
+    y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
+    edge = max(1, round(0.04 * max(h, w)))
+    border = np.ones((h, w), bool)
+    border[edge:-edge, edge:-edge] = False
+    values = images[:, border]
+    level = np.median(values, 1)
+    spread = np.median(np.abs(values - level[:, None]), 1)
+    difference, uneven = images - level[:, None, None], spread > EVEN
+    if uneven.any():
+        # A quadratic surface, with the least absolute deviations: objects that touch the border count little.
+        terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], -1)
+        at, targets = terms[border], values[uneven].astype(float)
+        weights = np.ones_like(targets)
+        for _ in range(20):
+            weighted = at * weights[..., None]
+            matrix = weighted.mT @ at + 1e-6 * np.eye(6)
+            surface = np.linalg.solve(matrix, weighted.mT @ targets[..., None])
+            errors = np.abs(targets - (at @ surface)[..., 0])
+            weights = 1 / errors.clip(min=1e-3)
+        better = np.median(errors, 1) < spread[uneven] / 2
+        uneven[uneven] = better
+        difference[uneven] = images[uneven] - np.einsum("hwk,nk->nhw", terms, surface[better, :, 0])
+    return difference, uneven
+
+
+def largest_objects(x: np.ndarray) -> np.ndarray:
+    """How long the largest connected piece of ink is, in pixels, on each canvas `[n, h, h]`, uint8 or floats."""
+    white = 255 if x.dtype == np.uint8 else 1
+    within_an_image = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])
+    labels, _ = ndimage.label(x > INK * white, within_an_image)
+    sides = np.zeros(len(x), int)
+    for i, rows, columns in ndimage.find_objects(labels):
+        sides[i.start] = max(sides[i.start], rows.stop - rows.start, columns.stop - columns.start)
+    return sides
+
+
+def object_size(x: np.ndarray) -> float | None:
+    """How long an object is, about, in pixels: the median of `largest_objects`; None if there is no ink at all."""
+    sides = largest_objects(x)
+    return float(np.median(sides[sides > 0])) if sides.any() else None

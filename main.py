@@ -2,7 +2,7 @@
 
 python main.py                                        # train, evaluate, draw
 python main.py --cuda                                 # the same on a GPU
-python main.py --data my.npz                          # with images of your own
+python main.py --data my-images/                       # with images of your own
 python main.py --load runs/NAME                       # resume a run that was interrupted
 python main.py --load runs/NAME --eval-only           # evaluate it on the test scenes
 torchrun --nproc-per-node 4 main.py                   # train in four processes, on one machine or several
@@ -20,9 +20,9 @@ import torch
 
 from air import AIR
 from evaluation import evaluate, interval
-from images import load_canvases
-from multi_mnist import DataError, Scenes, digest, load_split
+from multi_mnist import Scenes, load_split
 from training.checkpoint import build_air
+from training.data import check_size, load_own_scenes, load_scenes, own_canvases, pose_prior
 from training.options import one_line_errors, parse
 from training.parallel import Processes
 from training.pictures import Pictures
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(args, checkpoint: dict | None) -> None:
     """Data, AIR, SVI, evaluation, pictures; with a checkpoint, from where it was saved."""
     processes = Processes(args.cuda)
-    train_scenes, validation_scenes, test_scenes, data_sha256 = load_scenes(args, processes)
+    train_scenes, validation_scenes, test_scenes, data_sha256 = load_scenes(args, checkpoint, processes)
     # This process's share, on its device; uint8: a mini-batch becomes floats when it is drawn.
     train_x = torch.from_numpy(train_scenes.x[processes.rank :: processes.world_size]).to(processes.device)
     pictures = Pictures(args.out, args.visdom, args.visdom_env, args.seed) if processes.is_main else None
@@ -52,9 +52,10 @@ def train(args, checkpoint: dict | None) -> None:
     pyro.set_rng_seed(args.seed)
     if checkpoint:
         air = build_air(checkpoint, args.load)
+        check_size(train_scenes, air)
     else:
-        air = AIR(args.model_steps, train_scenes.x.shape[1], guide=args.guide, baseline=args.baseline)
-    check_size(train_scenes, air)
+        size, prior = train_scenes.x.shape[1], pose_prior(args, train_scenes, processes)
+        air = AIR(args.model_steps, size, guide=args.guide, baseline=args.baseline, **prior)
     air.to(processes.device)
     processes.broadcast(air.state_dict().values())
     svi, adam = make_svi(air, args.estimator, processes)
@@ -68,7 +69,7 @@ def train(args, checkpoint: dict | None) -> None:
         if not record:  # For the pictures a part of the scenes will do.
             scenes = Scenes(*(None if part is None else part[:1000] for part in scenes))
         evaluation = evaluate(air, scenes, looks=air.attend.looks if split == "test" else 1)
-        line = run.record(split, evaluation.metrics) if record else None
+        line = run.record(split, evaluation) if record else None
         if draw:
             pictures.show(air, split, scenes, evaluation)
         return line
@@ -97,49 +98,17 @@ def train(args, checkpoint: dict | None) -> None:
         print(summary(result, run.folder))
 
 
-def load_scenes(args, processes: Processes) -> tuple[Scenes, Scenes, Scenes, str]:
-    """Training, validation and test scenes, and the checksum of what they were taken from."""
-    # On each machine one process comes first: it may have to fetch and compose the scenes.
-    if processes.local_rank > 0:
-        processes.barrier()
-    if args.data:
-        train_scenes, held_out, sha256 = load_own_scenes(args.data, args)
-        scenes = train_scenes, held_out, held_out, sha256
-    else:
-        splits = [load_split(split, args.data_dir) for split in ("train", "validation", "test")]
-        scenes = *splits, digest(splits[0])
-    if processes.local_rank == 0:
-        processes.barrier()
-    if len(scenes[0].x) < processes.world_size:
-        raise RunError(f"too few images for {processes.world_size} processes: {len(scenes[0].x)}")
-    return scenes
-
-
-def load_own_scenes(path: Path, args) -> tuple[Scenes, Scenes, str]:
-    """The images in a user's file: all but the last tenth, that tenth, which is held out, and their checksum."""
-    if args.load and not path.exists():
-        raise RunError(f"no such file: {path}; --data names the place of the run's images")
-    scenes = load_canvases(path)
-    n = len(scenes.x) // 10
-    if n == 0:
-        raise DataError(f"--data {path}: too few images to hold out a tenth: {len(scenes.x)}")
-    if scenes.counts is not None and (most := scenes.counts.max()) > args.model_steps:
-        raise RunError(f"--model-steps {args.model_steps}: there are images with {most} objects; give -t {most}")
-    parts = (
-        Scenes(scenes.x[part], None if scenes.counts is None else scenes.counts[part])
-        for part in (slice(None, -n), slice(-n, None))
-    )
-    return *parts, digest(scenes)
-
-
 def evaluate_only(args, checkpoint: dict) -> dict:
     """What would be a line of metrics.jsonl: on the run's test scenes, or on all images in the file --data."""
     air = build_air(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
     trained_on = checkpoint["flags"]["data"]
     if args.data:
-        split, scenes = "data", load_canvases(args.data)
+        split, scenes = "data", own_canvases(args.data, air.image_size, args.invert)
     elif trained_on:
-        split, (_, scenes, sha256) = "test", load_own_scenes(trained_on, args)
+        split, (_, scenes, sha256) = (
+            "test",
+            load_own_scenes(trained_on, args, air.image_size, checkpoint["flags"]["invert"]),
+        )
         if sha256 != checkpoint["data_sha256"]:
             raise RunError(f"{trained_on} has other images than the run was trained on: evaluate on all, with --data")
     else:
@@ -147,11 +116,6 @@ def evaluate_only(args, checkpoint: dict) -> dict:
     check_size(scenes, air)
     metrics = evaluate(air, scenes, args.model_steps, air.attend.looks).metrics
     return metrics_line(split, checkpoint["step"], checkpoint["seconds"], metrics)
-
-
-def check_size(scenes: Scenes, air: AIR) -> None:
-    if (size := scenes.x.shape[1]) != air.image_size:
-        raise RunError(f"images are {size} pixels wide or high, the model's canvas is {air.image_size}")
 
 
 def summary(result: dict, folder: Path) -> str:

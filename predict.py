@@ -3,7 +3,7 @@
     python predict.py runs/NAME IMAGES               # one JSON object for each image
     python predict.py runs/NAME IMAGES --out DIR     # and a picture of each, with the boxes
 
-IMAGES is an image file, an `.npz` file with an array `x` (see images.py), or a folder of these.
+IMAGES is an image file, an `.npz` file with an array `x`, or a folder of these; images.py says how they are read.
 """
 
 import argparse
@@ -18,9 +18,10 @@ from PIL import Image
 
 import viz
 from air import AIR, MAX_STEPS
-from images import letterbox, read_images
-from multi_mnist import one_line
-from training.checkpoint import load_air
+from evaluation import unusual
+from images import files_in, largest_objects, read_file, to_canvases, white_of
+from multi_mnist import DataError, one_line
+from training.checkpoint import build_air, read_checkpoint
 from training.options import UsageError, one_line_errors, positive
 
 MOST_OBJECTS = 8  # that are looked for, whatever the run was trained with: its guide needs no other to find them
@@ -39,72 +40,114 @@ def main(argv: list[str] | None = None) -> None:
         metavar="T",
         help="most objects looked for (default: 8)",
     )
-    parser.add_argument("--invert", action="store_true", help="the images are dark on light")
+    parser.add_argument(
+        "--invert",
+        action=argparse.BooleanOptionalAction,
+        help="whether the images are dark on light (default: found out for each file)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to put a picture of each image with its boxes")
     args = parser.parse_args(argv)
     failed = 0
     with one_line_errors("predict.py"):
-        if not args.images.exists():
-            raise UsageError(f"no such file or folder: {args.images}")
-        air = load_air(args.run)
+        files = files_in(args.images)
+        checkpoint, path = read_checkpoint(args.run)
+        air, usual = build_air(checkpoint, path), checkpoint.get("usual")
+        if usual is None:
+            print(f"{path} has seen no evaluation: what is unlike its training is not noticed", file=sys.stderr)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             if any(args.out.iterdir()):
                 raise UsageError(f"--out {args.out} already exists and is not empty; name another folder")
         most = max(MOST_OBJECTS, air.num_steps) if air.config["guide"] == "residual" else air.num_steps
         print("[", end="")
-        for i, result in enumerate(predict(air, args.images, args.invert, args.out, args.model_steps or most)):
-            print(",\n " if i else "", json.dumps(result), sep="", end="")
-            if "error" in result:
-                failed += 1
-                print(f"{result['file']}: {one_line(result['error'])}", file=sys.stderr)
+        results = predict(air, files, usual, args.invert, args.out, args.model_steps or most)
+        for i, result in enumerate(results):
+            print(",\n " if i else "", json.dumps(result), sep="", end="", flush=True)
+            name = result["file"] + (f" {result['index']}" if "index" in result else "")
+            failed += "error" in result
+            for kind in ("warning", "error"):
+                if kind in result:
+                    print(f"{name}: {kind}: {one_line(result[kind])}", file=sys.stderr)
         print("]")
     sys.exit(1 if failed else 0)
 
 
 def predict(
     air: AIR,
-    path: Path,
-    invert: bool = False,
+    files: list[Path],
+    usual: dict | None = None,
+    invert: bool | None = None,
     folder: Path | None = None,
     num_steps: int | None = None,
     batch_size: int = 32,
 ) -> Iterator[dict]:
-    """What is in the images at `path`: an image file, an .npz file (see `images.load_arrays`), or a folder of these.
+    """What is in the images in some files, see `images.read_file`.
 
-    Yields a dictionary for each image, of plain values: file; index (within an .npz); count, the guide's most probable
-    one; count_probability, what the guide gives it; boxes, `[x, y, w, h]` each, in pixels of the image as it was (they
-    may reach beyond its edges). For a file that cannot be read: file and error. Nothing is sampled; it is the best of
-    several looks, see `AIR.infer`.
+    Yields a dictionary for each image, of plain values: file; index, if there are several in it; count, the guide's
+    most probable one; count_probability, what the guide gives it; explained, the share of the ink that it accounts for;
+    elbo, in nats; boxes, `[x, y, w, h]` each, in pixels of the image as it was (they may reach beyond its edges); and
+    warning, if the image is unlike what the AIR was trained on, or its contrast is too low: count is None then. For
+    a file that cannot be read, and for a picture that cannot be written: file and error. Nothing is sampled; it is
+    the best of several looks, see `AIR.infer`. What was done to a file's images is said on stderr.
 
+    usual: what ordinary scenes look like, see `evaluation.usual`; without it there are no warnings.
+    invert: whether the images are dark on light; None finds it out for each file.
     folder: where to put a picture of each image with its boxes, if anywhere.
     num_steps: T, the most objects that can be found, if not as many as in training.
     """
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
-    images = itertools.chain.from_iterable(read_images(file, invert) for file in files)
+    images = itertools.chain.from_iterable(canvases_of(file, air.image_size, invert) for file in files)
     while batch := list(itertools.islice(images, batch_size)):
-        readable = [(result, image) for result, image in batch if image is not None]
+        readable = [image for image in batch if "error" not in image[0]]
         if readable:
-            count_and_find(air, readable, folder, num_steps)
-        yield from (result for result, _ in batch)
+            count_and_find(air, readable, usual, folder, num_steps)
+        yield from (result for result, *_ in batch)
 
 
-def count_and_find(air: AIR, batch: list[tuple[dict, np.ndarray]], folder: Path | None, num_steps: int | None) -> None:
+def canvases_of(file: Path, size: int, invert: bool | None) -> Iterator[tuple]:
+    """Of each image in a file: what is known of it, as it was, as a canvas, its place there, whether it is faint."""
+    try:
+        blocks, _ = read_file(file)
+        canvases = to_canvases(blocks, size, invert)
+    except DataError as error:
+        yield {"file": file.name, "error": one_line(error)}, None, None, None, None
+        return
+    for remark in canvases.remarks:
+        print(f"{file.name}: {remark}", file=sys.stderr)
+    white, several = white_of(blocks), len(canvases.x) > 1 or file.suffix.lower() == ".npz"
+    images = itertools.chain.from_iterable(blocks)
+    for i, (image, *canvas) in enumerate(zip(images, canvases.x, canvases.places, canvases.faint)):
+        yield {"file": file.name} | ({"index": i} if several else {}), (image / white).astype(np.float32), *canvas
+
+
+def count_and_find(
+    air: AIR, batch: list[tuple], usual: dict | None, folder: Path | None, num_steps: int | None
+) -> None:
     """Add to what is known of each image what is in it; draw it, if there is a folder for the pictures."""
-    canvases, places = zip(*(letterbox(image, air.image_size) for _, image in batch))
-    seen = air.infer(np.stack(canvases), sample=False, num_steps=num_steps, looks=air.attend.looks)
-    probs, boxes = seen.count_probs.cpu().numpy(), seen.boxes.cpu().numpy()
-    for (result, image), (left, top, across, down), prob, box in zip(batch, places, probs, boxes):
-        count = int(prob.argmax())
+    x = np.stack([canvas for _, _, canvas, _, _ in batch])
+    seen = air.infer(x, sample=False, num_steps=num_steps, looks=air.attend.looks)
+    seen = [part.cpu().numpy() for part in (seen.count_probs, seen.boxes, seen.elbo, seen.explained)]
+    for (result, image, _, place, faint), largest, probs, boxes, elbo, explained in zip(
+        batch, largest_objects(x), *seen
+    ):
+        if faint:
+            result |= {"count": None, "count_probability": None, "explained": None, "elbo": None, "boxes": []}
+            result["warning"] = "its contrast is too low to be told from noise"
+            continue
+        count = int(probs.argmax())
+        left, top, across, down = place
         # The windows of all steps are valid up to any count: the guide takes every step.
-        box = (box[:count] - [left, top, 0, 0]) / [across, down, across, down]
-        result |= {"count": count, "count_probability": float(prob[count]), "boxes": box.round(2).tolist()}
+        boxes = (boxes[:count] - [left, top, 0, 0]) / [across, down, across, down]
+        result |= {"count": count, "count_probability": float(probs[count])}
+        result |= {"explained": float(explained), "elbo": float(elbo), "boxes": boxes.round(2).tolist()}
+        if usual and (signs := unusual(usual, count, elbo, explained, largest)):
+            result["warning"] = f"unlike what it was trained on: {'; '.join(signs)}"
         if folder:
             name = "-".join(str(result[key]) for key in ("file", "index") if key in result)
-            picture = viz.draw_scene(image, box, f"{count} ({prob[count]:.1%})")
-            Image.fromarray(picture).save(folder / f"{name}.png")
+            try:
+                picture = viz.draw_scene(image, boxes, f"{count} ({probs[count]:.1%})")
+                Image.fromarray(picture).save(folder / f"{name}.png")
+            except OSError as error:
+                result["error"] = f"its picture cannot be written: {error.strerror or error}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sprites
 import torch
 from scipy.ndimage import label
 
-from images import load_arrays
+from images import read_arrays
 
 
 def test_speed_counts_the_matrix_products():
@@ -104,15 +104,15 @@ def test_sprites_are_as_many_as_they_say(monkeypatch, tmp_path):
     sprites.main()
     with pytest.raises(SystemExit, match="already exists"):
         sprites.main()
-    scenes = load_arrays(tmp_path / "a.npz")
-    assert scenes.x.shape == (60, 64, 64) and set(scenes.counts) == {0, 1, 2, 3}
-    for x, count in zip(scenes.x, scenes.counts):
-        inside = label(x >= 120)[1]
+    x, counts = read_arrays(tmp_path / "a.npz")
+    assert x.shape == (60, 64, 64) and set(counts) == {0, 1, 2, 3}
+    for image, count in zip(x, counts):
+        inside = label(image >= 120)[1]
         assert inside <= count and (inside > 0) == (count > 0)
-    assert np.mean([label(x > 0)[1] == count for x, count in zip(scenes.x, scenes.counts)]) > 0.7
+    assert np.mean([label(image > 0)[1] == count for image, count in zip(x, counts)]) > 0.7
     monkeypatch.setattr(sys, "argv", ["sprites.py", str(tmp_path / "five.npz"), "-n", "5", "--shapes", "5", "5"])
     sprites.main()
-    assert load_arrays(tmp_path / "five.npz").counts.tolist() == [5] * 5
+    assert read_arrays(tmp_path / "five.npz")[1].tolist() == [5] * 5
     with pytest.raises(ValueError, match="do not fit"):
         sprites.scene(40, np.random.default_rng(0))
     monkeypatch.setattr(sys, "argv", ["sprites.py", str(tmp_path / "b")])

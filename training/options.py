@@ -28,6 +28,8 @@ FROZEN_ON_RESUME = (
     "estimator",
     "baseline",
     "guide",
+    "invert",
+    "object_size",
 )
 # What a resumed run has too, if it is not told otherwise.
 INHERITED_ON_RESUME = ("num_steps", "eval_every", "viz_every", "cuda", "data", "data_dir")
@@ -83,7 +85,18 @@ def make_parser(**options) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST and the scenes are kept")
-    add("--data", type=Path, metavar="NPZ", help="your own images; the last tenth of them is held out")
+    add("--data", type=Path, metavar="PATH", help="your own images, a folder or an .npz; the last tenth is held out")
+    add(
+        "--invert",
+        action=argparse.BooleanOptionalAction,
+        help="whether the images in --data are dark on light (default: found out)",
+    )
+    add(
+        "--object-size",
+        type=object_size,
+        metavar="SIZE",
+        help="how long an object is, in pixels of the canvas or as a share of it (default: estimated from --data)",
+    )
 
     add = parser.add_argument_group("what a run leaves").add_argument
     add("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/<date>-<time>-seed<seed>)")
@@ -120,6 +133,13 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def object_size(text: str) -> float:
+    """An argparse type: a length in pixels, or a share."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 def visdom(text: str) -> str:
     """An argparse type: where the pictures are shown."""
     if text not in ("auto", "off") and "://" not in text:
@@ -144,15 +164,17 @@ def inherit(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint:
     """Parse again with the run's own flags as defaults; those that make the run what it is cannot change."""
     names = (*INHERITED_ON_RESUME, *FROZEN_ON_RESUME)
     flags = checkpoint["flags"] if isinstance(checkpoint.get("flags"), dict) else {}
-    missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng", "data_sha256"} - checkpoint.keys()
+    missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng", "data_sha256", "usual"} - checkpoint.keys()
     missing |= {flag(name) for name in names if name not in flags}
     if missing:
         raise CheckpointError(f"{path} is not of a run of this script: it has no {', '.join(sorted(missing))}")
     # Nothing in a file is taken on trust: its flags are parsed as if they had been typed.
     typed = [
-        flag(name) if flags[name] is True else f"{flag(name)}={flags[name]}"
+        {True: flag(name), False: f"--no-{flag(name)[2:]}"}.get(flags[name], f"{flag(name)}={flags[name]}")
+        if isinstance(flags[name], bool)
+        else f"{flag(name)}={flags[name]}"
         for name in names
-        if flags[name] is not None and flags[name] is not False
+        if flags[name] is not None
     ]
     try:
         own = make_parser(exit_on_error=False).parse_args(typed)
@@ -164,11 +186,11 @@ def inherit(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint:
     checkpoint["flags"] = vars(own)
     parser.set_defaults(**{name: getattr(own, name) for name in names})
     if parser.parse_args(argv).eval_only:
-        parser.set_defaults(data=None)  # With it, --data is something else: images to evaluate on.
+        parser.set_defaults(data=None, invert=None)  # With it, --data is something else: images to evaluate on.
     args = parser.parse_args(argv)
     for name in FROZEN_ON_RESUME:
-        if name == "model_steps" and args.eval_only:
-            continue  # More objects may be looked for than in training.
+        if name in ("model_steps", "invert") and args.eval_only:
+            continue  # More objects may be looked for than in training, in images that are stored in another way.
         if getattr(args, name) != getattr(own, name):
             raise UsageError(f"{flag(name)} {getattr(args, name)}: the loaded run has {getattr(own, name)}")
     if args.num_steps < step:
@@ -192,6 +214,8 @@ def check(args) -> None:
         raise UsageError(f"--batch-size {args.batch_size} cannot be divided equally among {world_size} processes")
     if args.data_dir.exists() and not args.data_dir.is_dir():
         raise UsageError(f"--data-dir {args.data_dir} is not a folder")
+    if not args.data and args.invert is not None:
+        raise UsageError("--invert and --no-invert need --data")
     if args.eval_only:
         if not args.load:
             raise UsageError("--eval-only needs --load")

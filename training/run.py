@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from air import to_images
+from evaluation import Evaluation
 from training.checkpoint import CheckpointError, save_checkpoint, write_file
 from training.parallel import Processes
 from training.svi import NonFiniteError
@@ -47,7 +48,7 @@ class Run:
     def __init__(self, args, air, optimizer, processes: Processes, data_sha256: str, checkpoint: dict | None = None):
         self.args, self.air, self.optimizer, self.processes = args, air, optimizer, processes
         self.folder, self.data_sha256 = args.out, data_sha256
-        self.step, self.seconds, self.accuracy, self.earlier_lines = 0, 0.0, "-", []
+        self.step, self.seconds, self.accuracy, self.usual, self.earlier_lines = 0, 0.0, "-", None, []
         self.advanced, self.skipped = False, []  # whether the latest mini-batch was learned from; steps that were not
         if checkpoint:
             resumed = args.load.parent
@@ -143,9 +144,11 @@ class Run:
 
     # ------------------------------------------------------------------------------ the folder
 
-    def record(self, split: str, metrics: dict) -> dict:
-        """Append a line to metrics.jsonl, and return it."""
-        line = metrics_line(split, self.step, self.seconds, metrics)
+    def record(self, split: str, evaluation: Evaluation) -> dict:
+        """Append a line to metrics.jsonl, and return it. Checkpoints know what is usual on the validation scenes."""
+        line = metrics_line(split, self.step, self.seconds, evaluation.metrics)
+        if split == "validation":
+            self.usual = evaluation.usual
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.accuracy = "-" if line["count_accuracy"] is None else f"{line['count_accuracy']:.2%}"
@@ -162,7 +165,7 @@ class Run:
         cuda_rng = self.processes.all_gather(torch.cuda.get_rng_state()) if self.args.cuda else None
         if self.processes.is_main:
             progress = {"step": self.step, "seconds": self.seconds, "data_sha256": self.data_sha256}
-            progress |= {"flags": plain_values(self.args), "optimizer": state}
+            progress |= {"flags": plain_values(self.args), "optimizer": state, "usual": self.usual}
             save_checkpoint(self.folder / "checkpoint.pt", self.air, **progress, rng=rng, cuda_rng=cuda_rng)
 
     def check_parameters(self) -> None:
@@ -191,7 +194,7 @@ class Run:
                 if not 0 <= group["running_norm"] < math.inf:
                     raise ValueError("the gradient's running norm is not finite")
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-            self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+            self.step, self.seconds, self.usual = checkpoint["step"], checkpoint["seconds"], checkpoint["usual"]
             states = checkpoint["rng"].view(-1, len(torch.get_rng_state()))
             if len(states) != world_size or (self.args.cuda and checkpoint["cuda_rng"] is None):
                 self.seed_own_stream()
