@@ -110,7 +110,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
         metavar="auto|off|URL",
         help="show the pictures on a visdom server; auto: if one runs here",
     )
-    add("--visdom-env", default="air", metavar="NAME", help="the visdom environment that they are in")
+    add("--visdom-env", type=visdom_env, default="air", metavar="NAME", help="the visdom environment they are in")
 
     add = parser.add_argument_group("existing runs").add_argument
     add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: resume it")
@@ -143,7 +143,15 @@ def object_size(text: str) -> float:
 def visdom(text: str) -> str:
     """An argparse type: where the pictures are shown."""
     if text not in ("auto", "off") and "://" not in text:
-        raise argparse.ArgumentTypeError(f"expected auto, off or a URL such as http://localhost:8097, not {text!r}")
+        # Not repeated: it may have a password in it.
+        raise argparse.ArgumentTypeError("expected auto, off or a URL such as http://localhost:8097")
+    return text
+
+
+def visdom_env(text: str) -> str:
+    """An argparse type: a name that a visdom server keeps as it is, and that can be part of its page's URL."""
+    if set(text) & set("/\\+") or not text.strip("."):
+        raise argparse.ArgumentTypeError(rf"expected a name without / \ and +, not {text!r}")
     return text
 
 
