@@ -4,6 +4,7 @@ The functions that draw are pure: arrays in, an array out (uint8 `[height, width
 such pictures knows nothing of what is on them.
 """
 
+import json
 import logging
 import re
 from urllib.parse import unquote, urlsplit
@@ -190,8 +191,8 @@ class Dashboard:
     """A visdom server that shows pictures, each in a window of its own that is updated in place.
 
     url: the server's, as in `http://user:password@host:8097/base`; all but the host may be left out.
-    Raises ConnectionError, with a message for the user, if it does not answer: within a second at first,
-    later within five.
+    Raises ConnectionError, with a message for the user that has no password in it, if the server does not
+    answer (within a second at first, later within five) or refuses.
     """
 
     def __init__(self, url: str, env: str):
@@ -201,6 +202,8 @@ class Dashboard:
         logging.getLogger("visdom").setLevel(logging.ERROR)  # It warns of what is meant to be so.
         try:
             parts = urlsplit(url)
+            if "@" in "".join(parts[2:]):
+                raise ValueError  # The password has ended the host's part of the URL.
             host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
             server, port, base = f"{parts.scheme}://{host}", parts.port or 8097, parts.path.rstrip("/")
             self.client = Visdom(
@@ -215,31 +218,49 @@ class Dashboard:
                 use_incoming_socket=False,
             )
         except (ValueError, AssertionError) as error:
-            url = re.sub("//.*@", "//", url)
+            if isinstance(error, ValueError) and "@" in url:  # It may quote the password.
+                error = "in user and password, special characters are written as %2F (for /) and the like"
+            url = re.sub("(?s)//.*@", "//", url)
             raise ConnectionError(f"{url} is not the URL of a visdom server: {error}") from None
         self.address, self.timeout = f"{server}:{port}{base}", 1.0
-        session = self.client._session = requests.Session()
-        session.trust_env = parts.hostname not in ("localhost", "127.0.0.1")  # no proxy for these
+        self.session = requests.Session()
+        self.session.trust_env = parts.hostname not in ("localhost", "127.0.0.1")  # no proxy for these
         self.client.send, self.client._handle_post = True, self.post
-        try:
-            if self.client.username:
-                login = {"username": self.client.username, "password": self.client.password}
-                session.post(self.address, json=login, timeout=self.timeout).raise_for_status()
-            self.client._send({"eid": env}, endpoint=f"env/{env}")
-        except OSError as error:  # of requests, or visdom's
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            reason = f": the login failed with status {status}" if status else ""
-            raise ConnectionError(f"no visdom server answers at {self.address}{reason}") from None
+        self.connect()
         self.timeout = 5.0
 
+    def connect(self) -> None:
+        """Log in, if the URL has a user, and make the environment. Raises as above."""
+        user, env = self.client.username, self.client.env
+        if user:
+            self.post(f"{self.address}/", json.dumps({"username": user, "password": self.client.password}))
+        self.client._send({"eid": env}, endpoint=f"env/{env}")
+
     def post(self, url, data=None) -> str:
-        """Send to the server. (visdom itself would wait for ever for one that is lost, and take errors for answers.)"""
+        """Send to the server. (visdom itself would wait for ever for one that is lost, and take errors for answers.)
+
+        Raises as above.
+        """
         try:
-            response = self.client.session.post(url, data=data or {}, timeout=self.timeout)
-            response.raise_for_status()
-        except (ValueError, OSError, HTTPError) as error:
-            raise ConnectionError(error) from None
+            response = self.session.post(url, data=data or {}, timeout=self.timeout, allow_redirects=False)
+        except (ValueError, OSError, HTTPError):
+            hint = "`python -m visdom.server -bind_local` in another terminal starts one"
+            raise ConnectionError(f"no visdom server answers at {self.address} ({hint})") from None
+        if response.status_code != 200:
+            raise ConnectionError(self.refusal(response.status_code))
         return response.text
+
+    def refusal(self, status: int) -> str:
+        """What it means that the server answers with this status, and what to do."""
+        user, at = self.client.username, f"{self.address} (status {status})"
+        if status in (400, 401, 403):  # visdom 0.2.4 says 400
+            if user:
+                return f"visdom at {at} refuses the login: check user and password"
+            example = self.address.replace("//", "//user:password@", 1)
+            return f"visdom at {at} wants a login, as in {example}"
+        if user:
+            return f"no visdom with a login at {at}: check host, port and path, or leave out user and password"
+        return f"no visdom at {at}: check host, port and path"
 
     def show(self, name: str, title: str, picture: np.ndarray) -> None:
         height, width, _ = picture.shape

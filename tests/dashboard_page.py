@@ -7,6 +7,7 @@ Visdom's server fetches the JavaScript of its page from CDNs when it first start
 has the same files; they are put into a copy of the package. Needs npm, and Chromium for the picture.
 """
 
+import os
 import shutil
 import socket
 import subprocess
@@ -40,11 +41,13 @@ PAGE = [
     ("css/react-grid-layout-styles.css", "react-grid-layout@0.16.3", "css/styles.css"),
     ("fonts/classnames", "classnames@2.2.5", "index.js"),
 ]
-# start_server does not look for the files; `python -m visdom.server` would, and end where no CDN is reached.
+# As `python -m visdom.server`, which would first look for the files, and end where no CDN is reached.
 SERVE = """
-import sys
-from visdom.server.run_server import start_server
-start_server(port=int(sys.argv[1]), hostname="127.0.0.1", base_url="", env_path=sys.argv[2], bind_local=True)
+import os
+os.environ["HOME"] = os.getcwd()
+os.makedirs(".visdom", exist_ok=True)
+from visdom.server.run_server import main
+main()
 """
 
 
@@ -66,11 +69,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(folder: Path, port: int):
-    """A visdom server on loopback that keeps its windows in `folder`, and is taken from there if it is there."""
-    command = [sys.executable, "-c", SERVE, str(port), str(folder)]
+def server(folder: Path, port: int, base: str = "", user: str = "", password: str = ""):
+    """A visdom server on loopback that keeps its windows in `folder`, and is taken from there if it is there.
+
+    base: the path at which it is. user, password: those that it lets in; everyone, if there is no user.
+    """
+    command = [sys.executable, "-c", SERVE, "-bind_local", "-port", str(port), "-base_url", base]
+    command += ["-enable_login"] if user else []
+    login = {"USE_ENV_CREDENTIALS": "1", "USERNAME": user, "PASSWORD": password, "COOKIE": f"key of {folder}"}
+    environment = os.environ | {f"VISDOM_{name}": value for name, value in login.items()}
     with open(folder / "server.log", "w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:
         for _ in range(1200):
             try:

@@ -33,7 +33,7 @@ CURVES = {
 
 
 class Pictures:
-    """Shows a run's pictures. Raises RunError if visdom is asked for and does not answer.
+    """Shows a run's pictures. Raises RunError if visdom is asked for, and does not answer or refuses.
 
     visdom: "off", "auto" (a server on this machine, if there is one) or a server's URL.
     """
@@ -55,28 +55,29 @@ class Pictures:
         if self.dashboard is None:
             return
         try:
+            if self.lost:
+                self.dashboard.connect()  # A server that was started again may want a new login.
             for name, (title, picture) in pictures.items():
                 self.dashboard.show(name, title, picture)
             self.lost = False
-        except ConnectionError:
+        except ConnectionError as error:
             if not self.lost:
-                where = f"visdom at {self.dashboard.address} does not answer"
-                tqdm.write(f"{where}; pictures still go to {self.folder}, and there again when it is back", sys.stderr)
+                still = f"pictures still go to {self.folder}, and to visdom again when it is back"
+                tqdm.write(f"{error}; {still}", sys.stderr)
             self.lost = True
 
 
 def connect(visdom: str, env: str, folder: Path):
-    """The dashboard, or None if there is none and none was asked for by its URL."""
+    """The dashboard, or None if there is none and none was asked for by its URL. Raises RunError as above."""
     import viz  # only when it is used: matplotlib and visdom take seconds to import
 
     url = "http://localhost:8097" if visdom == "auto" else visdom
     try:
         return viz.Dashboard(url, env)
     except ConnectionError as error:
-        hint = "`python -m visdom.server -bind_local` in another terminal starts one"
         if visdom != "auto":
-            raise RunError(f"--visdom: {error}; {hint}") from None
-        print(f"{error}, pictures go to {folder} only ({hint})", file=sys.stderr)
+            raise RunError(f"--visdom: {error}") from None
+        print(f"{error}; pictures go to {folder} only", file=sys.stderr)
         return None
 
 
