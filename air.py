@@ -345,7 +345,7 @@ class AIR(nn.Module):
             raise ValueError(f"images have shape {list(x.shape)}, expected [n, {self.image_size}, {self.image_size}]")
         if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
             raise ValueError("images have values outside [0, 1], or NaN")
-        if torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]]).median() > 0.04:
+        if not torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]]).median() <= 0.04:
             raise ValueError("images have no black background: `images.to_canvases` brings them to the model")
         if num_steps is not None and not 1 <= num_steps <= MAX_STEPS:
             raise ValueError(f"num_steps must be from 1 to {MAX_STEPS}, not {num_steps}")

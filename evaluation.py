@@ -19,11 +19,20 @@ KEPT_WHOLE = 30  # images of which an evaluation keeps everything
 UNUSUAL = 0.003  # the share of ordinary scenes that each of three signs takes for unusual
 
 
+class Usual(NamedTuple):
+    """What ordinary scenes look like to an AIR: all but a share `UNUSUAL` of them are within each of three bounds."""
+
+    elbo: float  # nats; the ELBO of an image with n objects is at least `elbo + n * elbo_per_object`
+    elbo_per_object: float
+    explained: float  # the least share of ink explained, see `Inference`
+    largest_object: float  # pixels, see `images.largest_objects`
+
+
 class Evaluation(NamedTuple):
     """Of one sample of the guide for each of `n` images: what was measured, and what it saw."""
 
     metrics: dict  # see `evaluate`
-    usual: dict  # see `usual`
+    usual: Usual
     counts: np.ndarray  # int64 [n], the number of objects
     boxes: np.ndarray  # [n, T, 4], the windows as (x, y, w, h) in pixels; a step t was used where t < counts
     first: Inference  # all about the first images, as arrays
@@ -86,13 +95,8 @@ def evaluate(
     return Evaluation(metrics, ordinary, counts, boxes, Inference(*map(np.concatenate, zip(*first))))
 
 
-def usual(counts: np.ndarray, elbo: np.ndarray, explained: np.ndarray, largest: np.ndarray) -> dict:
-    """What ordinary scenes look like to an AIR, given of each: count, ELBO, `explained`, and its largest object's size.
-
-    explained: the least share of ink explained; largest_object: in pixels; elbo: of an image with no objects, and
-    elbo_per_object, what each adds, such that the ELBO of n objects is at least `elbo + n * elbo_per_object`. All but
-    a share `UNUSUAL` of the scenes are within each.
-    """
+def usual(counts: np.ndarray, elbo: np.ndarray, explained: np.ndarray, largest: np.ndarray) -> Usual:
+    """What is usual, given of each scene `[n]` its count, its ELBO, the share of ink explained, its largest object."""
     shares = np.bincount(counts) / len(counts)
     # A few scenes with a count that they should not have, and scenes that nothing was found in, are no measure.
     kinds = [n for n in np.flatnonzero(shares > 0.02) if n > 0]
@@ -100,24 +104,20 @@ def usual(counts: np.ndarray, elbo: np.ndarray, explained: np.ndarray, largest: 
     if len(kinds) < 2:
         kinds, least = [*kinds, 0], [*least, np.quantile(elbo[counts == 0], UNUSUAL) if shares[0] else elbo.max()]
     slope, start = np.polyfit(kinds, least, 1) if len(kinds) > 1 else (0.0, least[0])
-    return {
-        "elbo": float(start),
-        "elbo_per_object": float(min(slope, 0.0)),
-        "explained": float(np.quantile(explained, UNUSUAL)),
-        "largest_object": float(np.quantile(largest, 1 - UNUSUAL)),
-    }
+    share, size = np.quantile(explained, UNUSUAL), np.quantile(largest, 1 - UNUSUAL)
+    return Usual(float(start), float(slope), float(share), float(size))
 
 
-def unusual(usual: dict, count: int, elbo: float, explained: float, largest: float) -> list[str]:
+def unusual(usual: Usual, count: int, elbo: float, explained: float, largest: float) -> list[str]:
     """What is unlike the scenes that an AIR was trained on, in words; nothing if it is like them."""
-    least = usual["elbo"] + count * usual["elbo_per_object"]
+    least = usual.elbo + count * usual.elbo_per_object
     signs = []
-    if explained < usual["explained"]:
-        signs.append(f"{explained:.0%} of its ink is explained, usually at least {usual['explained']:.0%}")
+    if explained < usual.explained:
+        signs.append(f"{explained:.0%} of its ink is explained, usually at least {usual.explained:.0%}")
     if elbo < least:
         signs.append(f"its ELBO is {elbo:.0f} nats, with {count} objects usually at least {least:.0f}")
-    if largest > usual["largest_object"]:
-        signs.append(f"a piece of it is {largest:.0f} pixels long, usually at most {usual['largest_object']:.0f}")
+    if largest > usual.largest_object:
+        signs.append(f"a piece of it is {largest:.0f} pixels long, usually at most {usual.largest_object:.0f}")
     return signs
 
 

@@ -194,8 +194,7 @@ def finish(scaled, places, size: int, invert: bool | None) -> Canvases:
     total, found = sum(map(len, scaled)), invert
     if invert is None:  # A thousand images will do.
         some = [part[:: max(1, total // 1000)] for part in scaled][:: max(1, len(scaled) // 1000)]
-        differences = [without_background(part)[0] for part in some]
-        found = bool(sum((part.clip(max=0) ** 2).sum() - (part.clip(min=0) ** 2).sum() for part in differences) > 0)
+        found = sum(map(lightness, some)) < 0
     for whole, (left, top, _, _) in zip(scaled, places):
         for start in range(0, len(whole), 1000):
             part = whole[start : start + 1000]
@@ -203,10 +202,7 @@ def finish(scaled, places, size: int, invert: bool | None) -> Canvases:
             same = np.abs(difference).max((1, 2)) < SAME
             difference = (-difference if found else difference).clip(min=0)
             brightest = difference.max((1, 2))
-            changes = np.abs(np.diff(part.astype(np.float32), axis=2))
-            # Of Normal noise, the median of the differences of neighbours is 0.954 standard deviations.
-            noise = np.median(changes, (1, 2)) / 0.954 if changes.size else np.zeros(len(part))
-            low = ~same & (brightest < np.maximum(FAINT, NOISE * noise))
+            low = ~same & (brightest < least_contrast(part))
             brightest = np.where(same | low, np.inf, brightest)
             x = np.zeros((len(part), size, size), np.uint8)
             _, h, w = part.shape
@@ -229,6 +225,23 @@ def finish(scaled, places, size: int, invert: bool | None) -> Canvases:
     return Canvases(np.concatenate(canvases), places, faint, remarks)
 
 
+def least_contrast(images: np.ndarray) -> np.ndarray:
+    """How much pixels of images `[n, h, w]` must differ from the background to be told from noise, `[n]`."""
+    return np.maximum(FAINT, NOISE * noise(images))
+
+
+def noise(images: np.ndarray) -> np.ndarray:
+    """The standard deviation `[n]` of Normal noise in images `[n, h, w]`, by the differences of neighbouring pixels."""
+    changes = np.abs(np.diff(images.astype(np.float32), axis=2))
+    return np.median(changes, (1, 2)) / 0.954 if changes.size else np.zeros(len(images))
+
+
+def lightness(images: np.ndarray) -> float:
+    """Whether more of some images is lighter than the background, or darker (negative)."""
+    difference, least = without_background(images)[0], least_contrast(images)[:, None, None]
+    return float((difference * np.abs(difference) * (np.abs(difference) >= least)).sum())
+
+
 def without_background(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What images `[n, h, w]` differ by from their background, and whether that is uneven, `[n]`."""
     images = images.astype(np.float32)
@@ -239,8 +252,9 @@ def without_background(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     border[edge:-edge, edge:-edge] = False
     values = images[:, border]
     level = np.median(values, 1)
-    spread = np.median(np.abs(values - level[:, None]), 1)
-    difference, uneven = images - level[:, None, None], spread > EVEN
+    spread = np.quantile(np.abs(values - level[:, None]), 0.75, axis=1)
+    even = np.maximum(EVEN, 2 * noise(images))
+    difference, uneven = images - level[:, None, None], spread > even
     if uneven.any():
         # A quadratic surface, with the least absolute deviations: objects that touch the border count little.
         terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], -1)
@@ -252,7 +266,8 @@ def without_background(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             surface = np.linalg.solve(matrix, weighted.mT @ targets[..., None])
             errors = np.abs(targets - (at @ surface)[..., 0])
             weights = 1 / errors.clip(min=1e-3)
-        better = np.median(errors, 1) < spread[uneven] / 2
+        # Otherwise it is not the background that is uneven: objects reach beyond the border.
+        better = np.quantile(errors, 0.75, axis=1) < even[uneven]
         uneven[uneven] = better
         difference[uneven] = images[uneven] - np.einsum("hwk,nk->nhw", terms, surface[better, :, 0])
     return difference, uneven

@@ -18,10 +18,10 @@ from PIL import Image
 
 import viz
 from air import AIR, MAX_STEPS
-from evaluation import unusual
+from evaluation import Usual, unusual
 from images import files_in, largest_objects, read_file, to_canvases, white_of
 from multi_mnist import DataError, one_line
-from training.checkpoint import build_air, read_checkpoint
+from training.checkpoint import build_air, read_checkpoint, read_usual
 from training.options import UsageError, one_line_errors, positive
 
 MOST_OBJECTS = 8  # that are looked for, whatever the run was trained with: its guide needs no other to find them
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("predict.py"):
         files = files_in(args.images)
         checkpoint, path = read_checkpoint(args.run)
-        air, usual = build_air(checkpoint, path), checkpoint.get("usual")
+        air, usual = build_air(checkpoint, path), read_usual(checkpoint, path)
         if usual is None:
             print(f"{path} has seen no evaluation: what is unlike its training is not noticed", file=sys.stderr)
         if args.out:
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 def predict(
     air: AIR,
     files: list[Path],
-    usual: dict | None = None,
+    usual: Usual | None = None,
     invert: bool | None = None,
     folder: Path | None = None,
     num_steps: int | None = None,
@@ -90,7 +90,7 @@ def predict(
     a file that cannot be read, and for a picture that cannot be written: file and error. Nothing is sampled; it is
     the best of several looks, see `AIR.infer`. What was done to a file's images is said on stderr.
 
-    usual: what ordinary scenes look like, see `evaluation.usual`; without it there are no warnings.
+    usual: what ordinary scenes look like, see `evaluation.Usual`; without it there are no warnings.
     invert: whether the images are dark on light; None finds it out for each file.
     folder: where to put a picture of each image with its boxes, if anywhere.
     num_steps: T, the most objects that can be found, if not as many as in training.
@@ -120,7 +120,7 @@ def canvases_of(file: Path, size: int, invert: bool | None) -> Iterator[tuple]:
 
 
 def count_and_find(
-    air: AIR, batch: list[tuple], usual: dict | None, folder: Path | None, num_steps: int | None
+    air: AIR, batch: list[tuple], usual: Usual | None, folder: Path | None, num_steps: int | None
 ) -> None:
     """Add to what is known of each image what is in it; draw it, if there is a folder for the pictures."""
     x = np.stack([canvas for _, _, canvas, _, _ in batch])

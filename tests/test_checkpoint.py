@@ -8,7 +8,8 @@ from conftest import ROOT
 from torch import nn
 
 from air import AIR
-from training.checkpoint import CheckpointError, load_air, save_checkpoint
+from evaluation import Usual
+from training.checkpoint import CheckpointError, load_air, read_usual, save_checkpoint
 
 SMALL = {"image_size": 50, "window_size": 9, "z_what_size": 4, "rnn_size": 16, "hidden_size": 12, "baseline_size": 8}
 SMALL |= {"look_size": 10}
@@ -79,3 +80,11 @@ def test_text_is_utf8_whatever_the_locale(tmp_path):
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=os.environ | environment)
     assert "→".encode() in (tmp_path / "metrics.jsonl").read_bytes()
+
+
+def test_what_is_usual_is_not_taken_on_trust():
+    saved = dict(zip(Usual._fields, (700, -50.5, 0.7, 27)))
+    assert read_usual({"usual": saved}) == Usual(700.0, -50.5, 0.7, 27.0) and read_usual({}) is None
+    for wrong in ({}, {"elbo": 3.0}, "text", 5, saved | {"elbo": "high"}, saved | {"explained": [1, 2]}):
+        with pytest.raises(CheckpointError, match="does not say what is usual"):
+            read_usual({"usual": wrong})

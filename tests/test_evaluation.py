@@ -4,7 +4,7 @@ import torch
 from pyro import poutine
 
 from air import AIR
-from evaluation import baseline_r2, evaluate
+from evaluation import baseline_r2, evaluate, unusual, usual
 from multi_mnist import Scenes
 
 
@@ -55,6 +55,25 @@ def test_it_disturbs_nothing(air, scenes):
     evaluate(air, Scenes(scenes.x[:5], scenes.counts[:5]))
     assert torch.equal(torch.rand(4), expected)
     assert air.training and all(p.grad is None for p in air.parameters())
+
+
+def test_few_ordinary_scenes_are_unusual():
+    """Whatever their counts are; and more objects than were seen may cost as much more as they did there."""
+    rng = np.random.default_rng(0)
+    for kinds in ([0, 1, 2], [1, 2, 3], [2], [0, 3], [0]):
+        counts = rng.choice(kinds, 20_000)
+        elbo = 700 - 50 * counts - rng.exponential(10, 20_000) * (counts > 0)
+        explained, largest = rng.beta(20, 2, 20_000), rng.poisson(15, 20_000)
+        bounds = usual(counts[:10_000], elbo[:10_000], explained[:10_000], largest[:10_000])
+        others = zip(counts[10_000:], elbo[10_000:], explained[10_000:], largest[10_000:])
+        flagged = np.mean([bool(unusual(bounds, *scene)) for scene in others])
+        assert 0.002 < flagged < 0.015, kinds
+        assert (
+            unusual(bounds, 1, -1000, 1.0, 10) and unusual(bounds, 1, 1000, 0.1, 10) and unusual(bounds, 1, 1000, 1, 99)
+        )
+        if kinds == [0, 1, 2]:
+            assert not unusual(bounds, 5, 700 - 5 * 50 - 40, 1.0, 10)
+            assert unusual(bounds, 5, 700 - 5 * 50 - 80, 1.0, 10)
 
 
 def test_large_images_are_looked_at_few_at_a_time(scenes, monkeypatch):

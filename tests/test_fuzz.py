@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 
 from air import AIR
+from evaluation import Usual
 from images import load_canvases
 from multi_mnist import DataError
 from training.checkpoint import CheckpointError, build_air, read_checkpoint
@@ -36,7 +37,7 @@ SIZES = {
 FLAGS = dict.fromkeys(("batch_size", "num_steps"), 4) | {
     **{"learning_rate": 1e-3, "baseline_learning_rate": 1e-3, "seed": 0, "model_steps": 2},
     **{"estimator": "tracegraph", "baseline": "rnn", "guide": "residual", "cuda": False},
-    **{"eval_every": 2, "viz_every": 2, "data": None, "data_dir": "data"},
+    **{"eval_every": 2, "viz_every": 2, "data": None, "data_dir": "data", "invert": None, "object_size": 12.5},
 }
 
 
@@ -55,6 +56,7 @@ def a_checkpoint(**changes) -> dict:
         parameter.grad = torch.zeros_like(parameter)
     adam.step()
     progress = {"step": 3, "seconds": 1.5, "flags": FLAGS, "optimizer": adam.state_dict(), "data_sha256": "0"}
+    progress |= {"usual": dict.fromkeys(Usual._fields, 1.0)}
     progress |= {"rng": torch.get_rng_state(), "cuda_rng": None}
     return {"air": air.config, "parameters": air.state_dict(), **progress} | changes
 
@@ -230,7 +232,7 @@ def check(path, kind, content):
 def test_the_intact_files_are_loaded(kind, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert check(tmp_path / "file", kind, INTACT[kind])
+    assert check(tmp_path / f"file.{kind}", kind, INTACT[kind])
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # what a tensor says to being indexed by a name
@@ -251,7 +253,8 @@ def test_no_file_does_harm(examples, tmp_path, monkeypatch):
     )
     @given(files)
     def try_one(file):
-        check(tmp_path / "file", *file)
+        kind, content = file
+        check(tmp_path / f"file.{kind}", kind, content)
 
     try_one()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # in KiB: 1 GiB

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHORT, metrics
+from PIL import Image
 
 import multi_mnist
 from air import AIR
@@ -182,18 +183,72 @@ def test_images_are_known_by_what_they_are(run_main, scenes, monkeypatch, tmp_pa
 def test_own_images_that_do_not_do(run, run_main, scenes, tmp_path):
     np.savez(tmp_path / "one.npz", x=scenes.x[:1])
     np.savez(tmp_path / "own.npz", x=scenes.x[:60], counts=scenes.counts[:60])
-    np.savez(tmp_path / "small.npz", x=scenes.x[:60, :40, :40])
+    np.savez(tmp_path / "empty.npz", x=0 * scenes.x[:60])
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
     for flags, error in (
         (("--data", tmp_path / "one.npz"), "too few images to hold out a tenth: 1"),
         (("--data", tmp_path / "own.npz", "-t", 1), "--model-steps 1: there are images with 2 objects"),
-        (
-            ("--load", run[0], "-n", 8, "--data", tmp_path / "small.npz"),
-            "40 pixels wide or high, the model's canvas is 50",
-        ),
+        (("--data", tmp_path / "empty.npz"), "the images are all empty"),
+        (("--data", tmp_path / "folder"), "has no files (subfolders are not looked into)"),
+        (("--data", tmp_path / "own.npz", "--object-size", 45), "larger than the canvas of 50 pixels"),
+        (("--object-size", 45), "larger than the canvas of 50 pixels"),
     ):
         refused = run_main(*flags, "--visdom", "off", "--out", tmp_path / "run")
         assert refused.returncode == 2 and error in refused.stderr and len(refused.stderr.splitlines()) == 1
         assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_images_dark_on_light(run, run_main, scenes, tmp_path):
+    """Trained on, resumed, evaluated and predicted by one rule; what was done to them is said."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, x in enumerate(scenes.x[:40]):
+        Image.fromarray(255 - x).save(images / f"{i:02}.png")
+    (images / "notes.txt").write_text("no image")
+    np.savez(tmp_path / "light.npz", x=scenes.x[:40])
+    folders = [tmp_path / "dark", tmp_path / "light"]
+    runs = [
+        run_main("-n", 2, "-b", 8, "--visdom", "off", "--out", folder, "--data", data)
+        for folder, data in zip(folders, (images, tmp_path / "light.npz"))
+    ]
+    assert [finished.returncode for finished in runs] == [0, 0], runs[0].stderr
+    dark, light = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders)
+    assert dark["air"] == light["air"]
+    for name, parameter in dark["parameters"].items():
+        torch.testing.assert_close(parameter, light["parameters"][name], atol=0.01, rtol=0)
+    assert "inverted (--no-invert" in runs[0].stderr and "inverted" not in runs[1].stderr
+    assert runs[0].stderr.count("notes.txt cannot be read") == 1
+    resumed = run_main("--load", folders[0], "-n", 4, "--visdom", "off")
+    assert resumed.returncode == 0, resumed.stderr
+    held_out, as_they_are = (
+        json.loads(run_main("--load", folders[0], "--eval-only", "--data", images, *flags).stdout)
+        for flags in ((), ("--no-invert",))
+    )
+    assert held_out["images"] == 40 and held_out["elbo"] > as_they_are["elbo"] + 100
+
+
+def test_the_prior_on_poses_fits_the_objects(run_main, scenes, tmp_path):
+    """Estimated from the images, or as told, in pixels or as a share; and multi-MNIST's own is left alone."""
+    small = np.zeros((40, 100, 100), np.uint8)
+    small[:, 20:30, 40:48] = small[:, 60:70, 40:48] = 255  # ten pixels long
+    np.savez(tmp_path / "small.npz", x=small)
+    own = ("--data", tmp_path / "small.npz")
+    for i, (flags, s) in enumerate(
+        [
+            ((), 3),
+            (own, 100 / 11.5),
+            ((*own, "--object-size", 20), 100 / 23),
+            ((*own, "--object-size", 0.3), 100 / 34.5),
+        ]
+    ):
+        folder = tmp_path / str(i)
+        finished = run_main("-n", 1, "-b", 8, "--visdom", "off", "--out", folder, *flags)
+        assert finished.returncode == 0, finished.stderr
+        prior = json.loads((folder / "config.json").read_text())["air"]
+        assert prior["z_where_loc"] == pytest.approx([s, 0, 0])
+        assert prior["z_where_scale"] == pytest.approx([s / 15, s / 3, s / 3])
+        assert ("--object-size" in finished.stderr) == bool(flags)
+    assert run_main("--load", folder, "-n", 2, "--visdom", "off").returncode == 0
 
 
 def test_learning_rate_and_count_prior_follow_their_schedules(run_main, monkeypatch, tmp_path):

@@ -1,6 +1,5 @@
 """The flags of main.py: bad ones are told at once, and a resumed run keeps what it is."""
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, metrics
@@ -44,6 +43,8 @@ BAD = [
     ("--visdom-env a/b", "--visdom-env: expected a name without / \\ and +, not 'a/b'"),
     ("--visdom-env a+b", "not 'a+b'"),
     ("--visdom-env ..", "not '..'"),
+    ("--invert", "--invert and --no-invert need --data"),
+    ("--object-size 0", "invalid object_size value: '0'"),
     (f"--data-dir {ROOT}/README.md", "README.md is not a folder"),
     (f"--out {ROOT}/README.md", "README.md is not a folder"),
     (f"--out {ROOT}/README.md/run", "README.md is not a folder"),
@@ -97,8 +98,6 @@ def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scen
     assert "cannot be combined with" in error("--eval-only", "--out", tmp_path / "out")
     save_checkpoint(tmp_path / "only_parameters.pt", AIR())
     assert "not of a run of this script" in error("--load", tmp_path / "only_parameters.pt")
-    np.savez(tmp_path / "small.npz", x=scenes.x[:, :40, :40])
-    assert "40 pixels" in error("--eval-only", "--data", tmp_path / "small.npz")
     # A run on a GPU does not silently go on without one.
     checkpoint, _ = read_checkpoint(folder)
     air = build_air(checkpoint)

@@ -7,6 +7,8 @@ from conftest import call
 from PIL import Image
 
 from air import AIR
+from evaluation import Usual
+from images import files_in, largest_objects, to_canvases
 from predict import main, predict
 from training.checkpoint import save_checkpoint
 
@@ -98,7 +100,7 @@ def test_however_an_image_is_stored(way, air, scenes, expected, tmp_path):
         image = way(x)
         options = {"exif": image.info["exif"]} if "exif" in image.info else {}
         image.save(tmp_path / f"{i}.png", **options)
-    results = list(predict(air, tmp_path, invert=way in (dark_on_light, drawn_on_glass)))
+    results = list(predict(air, files_in(tmp_path)))
     assert [result["file"] for result in results] == ["0.png", "1.png", "2.png"]
     check(results, expected)
 
@@ -107,14 +109,14 @@ def test_boxes_are_in_the_images_own_pixels(air, scenes, one_look, expected, tmp
     """Scenes enlarged four times (and made smaller again a little less sharp: the guide may choose a pixel beside)."""
     large = scenes.x[:3].repeat(4, 1).repeat(4, 2)
     np.savez(tmp_path / "large.npz", x=large)
-    check(list(predict(air, tmp_path / "large.npz")), expected, scale=4, atol=1.5)
+    check(list(predict(air, [tmp_path / "large.npz"])), expected, scale=4, atol=1.5)
 
 
 def test_an_archive_of_images_that_are_no_squares(air, scenes, tmp_path):
     x = scenes.x[0, 5:45]
     np.savez(tmp_path / "a.npz", x=x[None])
     Image.fromarray(x).save(tmp_path / "b.png")
-    (archived,), (alone,) = (predict(air, tmp_path / name) for name in ("a.npz", "b.png"))
+    (archived,), (alone,) = (predict(air, [tmp_path / name]) for name in ("a.npz", "b.png"))
     assert archived["count"] == alone["count"] and np.allclose(archived["boxes"], alone["boxes"])
     # The same scene in the middle of the model's canvas, its boxes moved up by the 5 rows that are added above.
     square = np.zeros_like(scenes.x[0])
@@ -128,7 +130,7 @@ def test_more_images_than_are_looked_at_at_once(air, scenes, tmp_path):
     """Whatever else there is, and in the archive's order; also of dark on light."""
     for name, x in (("a.npz", scenes.x[:40]), ("b.npz", 1 - scenes.x[:40] / 255)):
         np.savez(tmp_path / name, x=x)
-        results = list(predict(air, tmp_path / name, invert=name == "b.npz"))
+        results = list(predict(air, [tmp_path / name]))
         assert [result["index"] for result in results] == list(range(40))
         for i in range(0, 40, 3):
             seen = air.infer(scenes.x[i : i + 1], sample=False, looks=5)
@@ -136,6 +138,57 @@ def test_more_images_than_are_looked_at_at_once(air, scenes, tmp_path):
             assert count == seen.count_probs[0].argmax()
             boxes = np.array(results[i]["boxes"]).reshape(-1, 4)
             assert np.allclose(boxes, seen.boxes[0, :count].numpy(), atol=0.1)
+
+
+def test_what_is_unlike_its_training_is_said(air, scenes, tmp_path):
+    """By each of the three signs; and a contrast that is too low gives no count."""
+    Image.fromarray(scenes.x[0]).save(tmp_path / "a.png")
+    (plain,) = predict(air, [tmp_path / "a.png"])
+    assert "warning" not in plain
+    canvas = to_canvases([scenes.x[:1]], 50).x
+    seen = air.infer(canvas, sample=False, looks=5)
+    assert plain["explained"] == pytest.approx(float(seen.explained)) and plain["elbo"] == pytest.approx(
+        float(seen.elbo)
+    )
+    n, largest = plain["count"], float(largest_objects(canvas)[0])
+    fits = Usual(plain["elbo"] - n * -5.0 - 0.1, -5.0, plain["explained"], largest)
+    for usual, words in (
+        (fits, None),
+        (fits._replace(elbo=fits.elbo + 0.2), "its ELBO is"),
+        (fits._replace(elbo_per_object=-4.9), "its ELBO is"),
+        (fits._replace(explained=plain["explained"] + 0.01), "of its ink is explained"),
+        (fits._replace(largest_object=largest - 1), f"a piece of it is {largest:.0f} pixels long"),
+    ):
+        (result,) = predict(air, [tmp_path / "a.png"], usual)
+        assert {name: value for name, value in result.items() if name != "warning"} == plain
+        assert (words is None) == ("warning" not in result) and (words or "") in result.get("warning", "")
+    Image.fromarray(np.random.default_rng(0).normal(128, 2, (50, 50)).astype(np.uint8)).save(tmp_path / "faint.png")
+    (faint,) = predict(air, [tmp_path / "faint.png"], fits)
+    assert faint["count"] is None and faint["boxes"] == [] and "told from noise" in faint["warning"]
+    Image.new("L", (80, 50), 200).save(tmp_path / "one_grey.png")
+    assert "warning" not in next(predict(air, [tmp_path / "one_grey.png"]))
+
+
+def test_a_picture_that_cannot_be_written_ends_nothing(air, scenes, tmp_path):
+    long = f"{'a' * 248}.png"  # With ".png" added, more than a file system takes.
+    for name in (long, "b.png"):
+        Image.fromarray(scenes.x[0]).save(tmp_path / name)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    first, second = predict(air, [tmp_path / long, tmp_path / "b.png"], folder=folder)
+    assert "its picture cannot be written" in first["error"] and first["count"] == second["count"]
+    assert [file.name for file in folder.iterdir()] == ["b.png.png"]
+
+
+def test_pages_have_numbers(air, scenes, tmp_path):
+    pages = [Image.fromarray(x) for x in scenes.x[:3]]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    results = list(predict(air, [tmp_path / "pages.tif"], folder=folder))
+    seen = air.infer(scenes.x[:3], sample=False, looks=5)
+    assert [(result["index"], result["count"]) for result in results] == list(enumerate(seen.counts.tolist()))
+    assert sorted(file.name for file in folder.iterdir()) == [f"pages.tif-{i}.png" for i in range(3)]
 
 
 def test_more_objects_than_in_training_are_looked_for(air, scenes, tmp_path):
@@ -149,8 +202,6 @@ def test_more_objects_than_in_training_are_looked_for(air, scenes, tmp_path):
             other.load_state_dict(air.state_dict())
             save_checkpoint(tmp_path / "air.pt", other)
             assert json.loads(call(main, tmp_path / "air.pt", tmp_path / "a.png", *flags).stdout)[0]["count"] == count
-        (tmp_path / "empty").mkdir()
-        assert json.loads(call(main, tmp_path / "air.pt", tmp_path / "empty").stdout) == []
     finally:
         with torch.no_grad():
             air.attend.present[-1].bias[0] -= 1000
@@ -183,7 +234,8 @@ def test_the_command(run_main, scenes, tmp_path):
     np.savez(images / "wrong.npz", y=scenes.x[:2])
     finished = call(main, folder, images, "--out", tmp_path / "pictures")
     assert finished.returncode == 1
-    assert [line.split(":")[0] for line in finished.stderr.splitlines()] == ["cut.png", "text.jpg", "wrong.npz"]
+    errors = [line for line in finished.stderr.splitlines() if "cannot be read" in line or "no array" in line]
+    assert [line.split(":")[0] for line in errors] == ["cut.png", "text.jpg", "wrong.npz"]
     found = json.loads(finished.stdout)
     assert [result for result in found if "error" not in result] == results
     assert [set(result) for result in found if "error" in result] == [{"file", "error"}] * 3

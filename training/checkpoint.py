@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from air import AIR
+from evaluation import Usual
 
 
 class CheckpointError(Exception):
@@ -91,3 +92,12 @@ def build_air(checkpoint: dict, path="checkpoint") -> AIR:
     except Exception as error:  # Whatever else goes wrong, the file is at fault.
         raise CheckpointError(f"{path} is not a checkpoint of this AIR: {' '.join(str(error).split())}") from None
     return air
+
+
+def read_usual(checkpoint: dict, path="checkpoint") -> Usual | None:
+    """What is usual to the AIR of a checkpoint; None if it was saved before any evaluation."""
+    saved = checkpoint.get("usual")
+    try:
+        return None if saved is None else Usual(**{name: float(saved[name]) for name in Usual._fields})
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError):
+        raise CheckpointError(f"{path} does not say what is usual: {saved!r:.100}") from None

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from air import to_images
 from evaluation import Evaluation
-from training.checkpoint import CheckpointError, save_checkpoint, write_file
+from training.checkpoint import CheckpointError, read_usual, save_checkpoint, write_file
 from training.parallel import Processes
 from training.svi import NonFiniteError
 
@@ -165,7 +165,8 @@ class Run:
         cuda_rng = self.processes.all_gather(torch.cuda.get_rng_state()) if self.args.cuda else None
         if self.processes.is_main:
             progress = {"step": self.step, "seconds": self.seconds, "data_sha256": self.data_sha256}
-            progress |= {"flags": plain_values(self.args), "optimizer": state, "usual": self.usual}
+            progress |= {"flags": plain_values(self.args), "optimizer": state}
+            progress |= {"usual": self.usual and self.usual._asdict()}
             save_checkpoint(self.folder / "checkpoint.pt", self.air, **progress, rng=rng, cuda_rng=cuda_rng)
 
     def check_parameters(self) -> None:
@@ -194,7 +195,7 @@ class Run:
                 if not 0 <= group["running_norm"] < math.inf:
                     raise ValueError("the gradient's running norm is not finite")
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-            self.step, self.seconds, self.usual = checkpoint["step"], checkpoint["seconds"], checkpoint["usual"]
+            self.step, self.seconds, self.usual = checkpoint["step"], checkpoint["seconds"], read_usual(checkpoint)
             states = checkpoint["rng"].view(-1, len(torch.get_rng_state()))
             if len(states) != world_size or (self.args.cuda and checkpoint["cuda_rng"] is None):
                 self.seed_own_stream()
