@@ -224,7 +224,8 @@ def test_a_folder_of_images_dark_on_light(run, run_main, scenes, tmp_path):
         json.loads(run_main("--load", folders[0], "--eval-only", "--data", images, *flags).stdout)
         for flags in ((), ("--no-invert",))
     )
-    assert held_out["images"] == 40 and held_out["elbo"] > as_they_are["elbo"] + 100
+    # Nothing is lighter than a white page: as they are, all are empty, and easy to explain.
+    assert held_out["images"] == 40 and held_out["elbo"] < as_they_are["elbo"] - 50
 
 
 def test_the_prior_on_poses_fits_the_objects(run_main, scenes, tmp_path):
