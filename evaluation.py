@@ -66,13 +66,15 @@ def evaluate(
         for start in range(0, len(scenes.x), batch_size):
             seen = air.infer(scenes.x[start : start + batch_size], num_steps=num_steps)
             batches.append((seen.counts, seen.count_probs.argmax(-1), seen.elbo, seen.explained, seen.boxes))
-            if looks > 1 and scenes.counts is not None:
-                x = scenes.x[start : start + batch_size]
-                best.append(air.infer(x, sample=False, num_steps=num_steps, looks=looks).counts)
             if start < KEPT_WHOLE:
                 first.append([part[: KEPT_WHOLE - start].cpu().numpy() for part in seen])
+            if looks > 1:
+                seen = air.infer(scenes.x[start : start + batch_size], False, num_steps, looks)
+                best.append((seen.counts, seen.elbo, seen.explained))
         r2 = None if air.baseline is None else baseline_r2(air, to_images(scenes.x[:batch_size], device))
     counts, modes, elbo, explained, boxes = (torch.cat(parts).cpu().numpy() for parts in zip(*batches))
+    # By several looks if there are some: so it is done in the end, and the bounds are closer.
+    best = [torch.cat(parts).cpu().numpy() for parts in zip(*best)] if best else [counts, elbo, explained]
     metrics = {
         "images": len(counts),
         "elbo": float(elbo.mean(dtype=np.float64)),
@@ -88,22 +90,23 @@ def evaluate(
         np.add.at(confusion, (scenes.counts, counts), 1)
         metrics["count_accuracy"] = float((counts == scenes.counts).mean())
         metrics["count_accuracy_mode"] = float((modes == scenes.counts).mean())
-        if best:
-            metrics["count_accuracy_looks"] = float((torch.cat(best).cpu().numpy() == scenes.counts).mean())
+        if looks > 1:
+            metrics["count_accuracy_looks"] = float((best[0] == scenes.counts).mean())
         metrics["confusion"] = confusion.tolist()
-    ordinary = usual(counts, elbo, explained, largest_objects(scenes.x))
-    return Evaluation(metrics, ordinary, counts, boxes, Inference(*map(np.concatenate, zip(*first))))
+    return Evaluation(
+        metrics, usual(*best, largest_objects(scenes.x)), counts, boxes, Inference(*map(np.concatenate, zip(*first)))
+    )
 
 
 def usual(counts: np.ndarray, elbo: np.ndarray, explained: np.ndarray, largest: np.ndarray) -> Usual:
     """What is usual, given of each scene `[n]` its count, its ELBO, the share of ink explained, its largest object."""
     shares = np.bincount(counts) / len(counts)
-    # A few scenes with a count that they should not have, and scenes that nothing was found in, are no measure.
+    # What an object costs is not said by scenes without any, nor by a few with a count that they should not have.
     kinds = [n for n in np.flatnonzero(shares > 0.02) if n > 0]
-    least = [np.quantile(elbo[counts == n], UNUSUAL) for n in kinds]
-    if len(kinds) < 2:
-        kinds, least = [*kinds, 0], [*least, np.quantile(elbo[counts == 0], UNUSUAL) if shares[0] else elbo.max()]
-    slope, start = np.polyfit(kinds, least, 1) if len(kinds) > 1 else (0.0, least[0])
+    kinds = kinds if len(kinds) > 1 else [0, *kinds]
+    middles = [np.median(elbo[counts == n]) if n or shares[0] else elbo.max() for n in kinds]
+    slope = np.polyfit(kinds, middles, 1)[0] if len(kinds) > 1 else 0.0
+    start = np.quantile((elbo - slope * counts)[counts >= min(kinds)], UNUSUAL)
     share, size = np.quantile(explained, UNUSUAL), np.quantile(largest, 1 - UNUSUAL)
     return Usual(float(start), float(slope), float(share), float(size))
 

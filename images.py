@@ -25,7 +25,7 @@ from multi_mnist import LARGEST_FILE, DataError, Scenes, one_line, open_arrays
 RANGES = (1, 255, 1023, 4095, 16383, 65535)
 LARGEST_CANVAS = 128  # pixels a side, to train on: larger images are made smaller
 # Greys, of a range from 0 to 1, less than which is: no difference at all, no contrast, an even border.
-SAME, FAINT, EVEN = 0.01, 0.04, 0.03
+SAME, FAINT, EVEN = 0.01, 0.08, 0.03
 NOISE = 6  # a contrast of less than so many standard deviations of the noise is none
 INK = 0.5  # the least brightness of what `largest_objects` measures
 

@@ -68,7 +68,7 @@ def train(args, checkpoint: dict | None) -> None:
         run.check_parameters()
         if not record:  # For the pictures a part of the scenes will do.
             scenes = Scenes(*(None if part is None else part[:1000] for part in scenes))
-        evaluation = evaluate(air, scenes, looks=air.attend.looks if split == "test" else 1)
+        evaluation = evaluate(air, scenes, looks=air.attend.looks if run.step == args.num_steps else 1)
         line = run.record(split, evaluation) if record else None
         if draw:
             pictures.show(air, split, scenes, evaluation)

@@ -86,9 +86,10 @@ def predict(
     Yields a dictionary for each image, of plain values: file; index, if there are several in it; count, the guide's
     most probable one; count_probability, what the guide gives it; explained, the share of the ink that it accounts for;
     elbo, in nats; boxes, `[x, y, w, h]` each, in pixels of the image as it was (they may reach beyond its edges); and
-    warning, if the image is unlike what the AIR was trained on, or its contrast is too low: count is None then. For
-    a file that cannot be read, and for a picture that cannot be written: file and error. Nothing is sampled; it is
-    the best of several looks, see `AIR.infer`. What was done to a file's images is said on stderr.
+    warning, if the image is unlike what the AIR was trained on, if all steps were used, or if its contrast is too low:
+    count is None then. For a file that cannot be read, and for a picture that cannot be written: file and error.
+    Nothing is sampled; it is the best of several looks, see `AIR.infer`. What was done to a file's images is said on
+    stderr.
 
     usual: what ordinary scenes look like, see `evaluation.Usual`; without it there are no warnings.
     invert: whether the images are dark on light; None finds it out for each file.
@@ -141,6 +142,8 @@ def count_and_find(
         result |= {"explained": float(explained), "elbo": float(elbo), "boxes": boxes.round(2).tolist()}
         if usual and (signs := unusual(usual, count, elbo, explained, largest)):
             result["warning"] = f"unlike what it was trained on: {'; '.join(signs)}"
+        elif count == len(probs) - 1:
+            result["warning"] = f"all {count} steps were used: there may be more objects (-t)"
         if folder:
             name = "-".join(str(result[key]) for key in ("file", "index") if key in result)
             try:

@@ -143,10 +143,10 @@ def test_more_images_than_are_looked_at_at_once(air, scenes, tmp_path):
 def test_what_is_unlike_its_training_is_said(air, scenes, tmp_path):
     """By each of the three signs; and a contrast that is too low gives no count."""
     Image.fromarray(scenes.x[0]).save(tmp_path / "a.png")
-    (plain,) = predict(air, [tmp_path / "a.png"])
+    (plain,) = predict(air, [tmp_path / "a.png"], num_steps=12)
     assert "warning" not in plain
     canvas = to_canvases([scenes.x[:1]], 50).x
-    seen = air.infer(canvas, sample=False, looks=5)
+    seen = air.infer(canvas, sample=False, num_steps=12, looks=5)
     assert plain["explained"] == pytest.approx(float(seen.explained)) and plain["elbo"] == pytest.approx(
         float(seen.elbo)
     )
@@ -159,14 +159,14 @@ def test_what_is_unlike_its_training_is_said(air, scenes, tmp_path):
         (fits._replace(explained=plain["explained"] + 0.01), "of its ink is explained"),
         (fits._replace(largest_object=largest - 1), f"a piece of it is {largest:.0f} pixels long"),
     ):
-        (result,) = predict(air, [tmp_path / "a.png"], usual)
+        (result,) = predict(air, [tmp_path / "a.png"], usual, num_steps=12)
         assert {name: value for name, value in result.items() if name != "warning"} == plain
         assert (words is None) == ("warning" not in result) and (words or "") in result.get("warning", "")
     Image.fromarray(np.random.default_rng(0).normal(128, 2, (50, 50)).astype(np.uint8)).save(tmp_path / "faint.png")
     (faint,) = predict(air, [tmp_path / "faint.png"], fits)
     assert faint["count"] is None and faint["boxes"] == [] and "told from noise" in faint["warning"]
     Image.new("L", (80, 50), 200).save(tmp_path / "one_grey.png")
-    assert "warning" not in next(predict(air, [tmp_path / "one_grey.png"]))
+    assert "warning" not in next(predict(air, [tmp_path / "one_grey.png"], num_steps=12))
 
 
 def test_a_picture_that_cannot_be_written_ends_nothing(air, scenes, tmp_path):
@@ -201,7 +201,8 @@ def test_more_objects_than_in_training_are_looked_for(air, scenes, tmp_path):
             other = AIR(**config)
             other.load_state_dict(air.state_dict())
             save_checkpoint(tmp_path / "air.pt", other)
-            assert json.loads(call(main, tmp_path / "air.pt", tmp_path / "a.png", *flags).stdout)[0]["count"] == count
+            (result,) = json.loads(call(main, tmp_path / "air.pt", tmp_path / "a.png", *flags).stdout)
+            assert result["count"] == count and f"all {count} steps were used" in result["warning"]
     finally:
         with torch.no_grad():
             air.attend.present[-1].bias[0] -= 1000
