@@ -9,7 +9,9 @@ import pytest
 import seeds
 import speed
 import sprites
+import table
 import torch
+from conftest import metrics
 from scipy.ndimage import label
 
 from images import read_arrays
@@ -127,3 +129,18 @@ def test_first_evaluation_at_an_accuracy():
     ]
     assert estimators.first_at(lines, 0.90) == (200, 20.0) and estimators.first_at(lines, 0.95) == (400, 40.0)
     assert estimators.first_at(lines, 0.98) == pytest.approx((float("inf"), float("inf")))
+
+
+def test_the_table_of_runs(run):
+    """Of one run: its own numbers, three times."""
+    folder, _ = run
+    last = metrics(folder)[-1]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.table([folder]).splitlines()]
+    assert rows[0][:4] == ["seed", "one sample", "most probable", "five looks"] and [row[0] for row in rows[2:]] == [
+        "0",
+        "**mean**",
+        "**worst**",
+    ]
+    for row in rows[2:]:
+        assert row[1] == f"{last['count_accuracy']:.2%}" and row[3] == f"{last['count_accuracy_looks']:.2%}"
+        assert row[4] == f"{last['elbo']:.1f}" and row[5] == "6"

@@ -1,0 +1,57 @@
+"""The table of some runs, for docs/results.md: what is in the last line of each one's metrics.jsonl, and the mean.
+
+python benchmarks/table.py runs/seeds/seed[0-9]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from training.run import read_metrics
+
+COLUMNS = {
+    "one sample": ("count_accuracy", "{:.2%}", min),
+    "most probable": ("count_accuracy_mode", "{:.2%}", min),
+    "five looks": ("count_accuracy_looks", "{:.2%}", min),
+    "ELBO": ("elbo", "{:.1f}", min),
+    "steps": ("step", "{:,.0f}", min),
+    "seconds": ("seconds", "{:.0f}", max),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A table of finished runs, in Markdown.", allow_abbrev=False)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    print(table(parser.parse_args().runs))
+
+
+def table(folders: list[Path]) -> str:
+    lines = {}
+    for folder in folders:
+        metrics = read_metrics(folder)
+        if not metrics or metrics[-1]["split"] != "test":
+            sys.exit(f"{folder} is not a finished run")
+        seed = json.loads((folder / "config.json").read_text())["flags"]["seed"]
+        early = next((line for line in metrics if line["step"] == 500), {})
+        lines[seed] = metrics[-1] | {"early": early.get("count_accuracy_mode")}
+    columns = COLUMNS | {"validation at step 500": ("early", "{:.1%}", min)}
+    rows = [["seed", *columns], ["---"] * (1 + len(columns))]
+    for seed, line in sorted(lines.items()):
+        rows.append(
+            [str(seed), *("" if line[key] is None else form.format(line[key]) for key, form, _ in columns.values())]
+        )
+    for name in ("mean", "worst"):
+        cells = []
+        for key, form, worst in columns.values():
+            values = [line[key] for line in lines.values() if line[key] is not None]
+            cells.append(form.format((mean if name == "mean" else worst)(values)) if values else "")
+        rows.append([f"**{name}**", *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
