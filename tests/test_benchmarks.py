@@ -1,7 +1,9 @@
+import csv
 import json
 import shutil
 import sys
 
+import coins
 import estimators
 import numpy as np
 import pyro
@@ -11,7 +13,8 @@ import speed
 import sprites
 import table
 import torch
-from conftest import metrics
+import unlike
+from conftest import ROOT, metrics
 from scipy.ndimage import label
 
 from images import read_arrays
@@ -144,3 +147,30 @@ def test_the_table_of_runs(run):
     for row in rows[2:]:
         assert row[1] == f"{last['count_accuracy']:.2%}" and row[3] == f"{last['count_accuracy_looks']:.2%}"
         assert row[4] == f"{last['elbo']:.1f}" and row[5] == "6"
+
+
+def test_the_coins_are_counted_by_hand_and_others_are_trained_on():
+    """The hand count is that of the marked circles, and no crop to learn from shows anything of the hundred."""
+    with open(ROOT / "benchmarks/coins_counts.csv", newline="") as file:
+        rows = [{name: int(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    held_out = np.array([(r["left"], r["top"], r["left"] + r["width"], r["top"] + r["height"]) for r in rows])
+    _, inside = coins.coins_in(held_out)
+    assert len(rows) == 100 and inside.sum(1).tolist() == [row["count"] for row in rows]
+    cut = []
+    photograph = np.arange(303 * 384, dtype=np.uint32).reshape(303, 384)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coins, "canvas", lambda crop, rng: cut.append(crop))
+        list(coins.training_crops(photograph, 60, np.random.default_rng(0)))
+    seen = np.unique(np.concatenate([crop.ravel() for crop in cut]))
+    shown = np.zeros(photograph.size, bool)
+    for left, top, right, bottom in held_out:
+        shown[photograph[top:bottom, left:right].ravel()] = True
+    assert len(cut) == 60 and not shown[seen].any()
+
+
+def test_unlike_prints_a_share_for_each_kind(run, digits, monkeypatch, capsys):
+    monkeypatch.setattr(unlike, "load_digits", lambda *_: digits)
+    monkeypatch.setattr(sys, "argv", ["unlike.py", str(run[0]), "-n", "3"])
+    unlike.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13 and all(0 <= float(line.split()[-1].rstrip("%")) <= 100 for line in lines)
