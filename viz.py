@@ -4,6 +4,7 @@ The functions that draw are pure: arrays in, an array out (uint8 `[height, width
 such pictures knows nothing of what is on them.
 """
 
+import io
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 from urllib3.exceptions import HTTPError
 
 # A step's boxes, told apart by colour (the paper's) and, for those who cannot see it, by line style.
@@ -174,8 +176,8 @@ def draw_confusion(confusion, title=None) -> np.ndarray:
 
 
 def render(figure: Figure, most: int = 0) -> np.ndarray:
-    """The figure's pixels, with a legend of the first `most` steps' boxes."""
-    if most:
+    """The figure's pixels, with a legend of the first `most` steps' boxes if there are several."""
+    if most > 1:
         styles = [Rectangle((0, 0), 1, 1, fill=False, ec=c, ls=s, lw=1.5) for c, s in map(step_style, range(most))]
         labels = [f"step {t + 1}" for t in range(most)]
         figure.legend(styles, labels, loc="lower center", ncols=most, fontsize=8, frameon=False)
@@ -185,6 +187,13 @@ def render(figure: Figure, most: int = 0) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------- showing
+
+
+def png(picture: np.ndarray) -> bytes:
+    """An RGB array as a PNG file's content."""
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format="png")
+    return stream.getvalue()
 
 
 class Dashboard:

@@ -9,7 +9,6 @@ is called an object's code here is the mean of `q(z_what_t | x, z_where_t)` at t
 import argparse
 import base64
 import html
-import io
 import json
 import os
 import sys
@@ -19,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -72,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         title = f"An AIR after {checkpoint['step']:,} steps (seed {flags['seed']}, {flags['estimator']})"
         write_text(args.run / "report.json", json.dumps({"step": checkpoint["step"]} | measured, indent=1) + "\n")
         write_text(args.run / "report.html", page(title, measured, pictures))
-        write_file(args.run / "unseen.png", png(pictures[UNSEEN]))
+        write_file(args.run / "unseen.png", viz.png(pictures[UNSEEN]))
         print(f"{args.run / 'report.html'}, {args.run / 'report.json'} and {args.run / 'unseen.png'}")
 
 
@@ -462,16 +460,10 @@ def page(title: str, measured: dict, pictures: dict) -> str:
         ),
     ]
     for name, picture in pictures.items():
-        source = base64.b64encode(png(picture)).decode()
+        source = base64.b64encode(viz.png(picture)).decode()
         name = html.escape(name[0].upper() + name[1:])
         body.append(f'<h3>{name}</h3>\n<img src="data:image/png;base64,{source}" alt="{name}">')
     return PAGE.format(title=html.escape(title), body="\n".join(body))
-
-
-def png(picture: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, format="png")
-    return stream.getvalue()
 
 
 def table(header: list, *rows: list) -> str:

@@ -1,12 +1,10 @@
 """Which pictures a run has, and where they are shown: as PNG files in its folder and on a visdom server."""
 
-import io
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from air import AIR, to_images
@@ -47,11 +45,11 @@ class Pictures:
 
         All are sent each time, so that a server that was started again has all of them.
         """
+        import viz
+
         pictures = draw(air, split, scenes, evaluation, read_metrics(self.folder), self.seed)
         for name, (_, picture) in pictures.items():
-            png = io.BytesIO()
-            Image.fromarray(picture).save(png, format="png")
-            write_file(self.folder / f"{name}.png", png.getbuffer())
+            write_file(self.folder / f"{name}.png", viz.png(picture))
         if self.dashboard is None:
             return
         try:
