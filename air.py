@@ -332,7 +332,7 @@ class AIR(nn.Module):
         """What is in the images `x`, `[n, h, h]`, floats in [0, 1] (or uint8), a tensor or an array.
 
         sample: whether to sample the guide, as the literature does to report accuracy, or to take at each
-            choice what it holds most probable.
+            choice what it holds most probable (see `MostProbable`).
         num_steps: T, the most objects that can be found, if not as many as in training.
         looks: how many times to look at each image; what explains it best, with the largest
             `log p(x, z) - log q(z | x)`, is kept. The residual guide looks at slightly other places each time, which
@@ -410,9 +410,19 @@ class Baseline(nn.Module):
 
 
 class MostProbable(Messenger):
-    """Within it, choices are not sampled: they are the mean of a Normal, the likelier value of a Bernoulli."""
+    """Within it nothing depends on chance: a Bernoulli takes its likelier value, a pose its mean.
+
+    A code takes one fixed draw of its noise: the decoder has learned to paint from noisy codes, not from their means.
+    """
 
     def _pyro_sample(self, msg):
-        if msg["value"] is None and isinstance(msg["fn"], torch.distributions.Distribution):
-            mean = msg["fn"].mean
-            msg["value"] = (mean > 0.5).to(mean) if isinstance(msg["fn"], dist.Bernoulli) else mean
+        fn = msg["fn"]
+        if msg["value"] is not None or not isinstance(fn, torch.distributions.Distribution):
+            return
+        if isinstance(fn, dist.Bernoulli):
+            msg["value"] = (fn.mean > 0.5).to(fn.mean)
+        elif msg["name"].startswith("z_what"):
+            noise = torch.randn(fn.event_shape, generator=torch.Generator().manual_seed(0))
+            msg["value"] = fn.mean + fn.stddev * noise.to(fn.mean)
+        else:
+            msg["value"] = fn.mean

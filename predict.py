@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 import viz
 from air import AIR, MAX_STEPS
 from evaluation import Usual, unusual
-from images import files_in, largest_objects, read_file, to_canvases, white_of
+from images import EMPTY, files_in, largest_objects, left_out, read_file, to_canvases, white_of
 from multi_mnist import DataError, one_line
 from training.checkpoint import build_air, read_checkpoint, read_usual
 from training.options import UsageError, one_line_errors, positive
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         results = predict(air, files, usual, args.invert, args.out, args.model_steps or most)
         for i, result in enumerate(results):
             print(",\n " if i else "", json.dumps(result), sep="", end="", flush=True)
-            name = result["file"] + (f" {result['index']}" if "index" in result else "")
+            name = one_line(result["file"]) + (f" {result['index']}" if "index" in result else "")
             failed += "error" in result
             for kind in ("warning", "error"):
                 if kind in result:
@@ -86,17 +85,18 @@ def predict(
     Yields a dictionary for each image, of plain values: file; index, if there are several in it; count, the guide's
     most probable one; count_probability, what the guide gives it; explained, the share of the ink that it accounts for;
     elbo, in nats; boxes, `[x, y, w, h]` each, in pixels of the image as it was (they may reach beyond its edges); and
-    warning, if the image is unlike what the AIR was trained on, if all steps were used, or if its contrast is too low:
-    count is None then. For a file that cannot be read, and for a picture that cannot be written: file and error.
-    Nothing is sampled; it is the best of several looks, see `AIR.infer`. What was done to a file's images is said on
-    stderr.
+    warning, with what speaks against the count (it is None if nothing can be told). For a file that cannot be read, and
+    for a picture that cannot be written: file and error. Nothing depends on chance; it is the best of several looks,
+    see `AIR.infer`. What was done to a file's images is said on stderr.
 
     usual: what ordinary scenes look like, see `evaluation.Usual`; without it there are no warnings.
     invert: whether the images are dark on light; None finds it out for each file.
     folder: where to put a picture of each image with its boxes, if anywhere.
     num_steps: T, the most objects that can be found, if not as many as in training.
     """
-    images = itertools.chain.from_iterable(canvases_of(file, air.image_size, invert) for file in files)
+    images = itertools.chain.from_iterable(
+        canvases_of(file, air.image_size, invert, folder is not None) for file in files
+    )
     while batch := list(itertools.islice(images, batch_size)):
         readable = [image for image in batch if "error" not in image[0]]
         if readable:
@@ -104,8 +104,8 @@ def predict(
         yield from (result for result, *_ in batch)
 
 
-def canvases_of(file: Path, size: int, invert: bool | None) -> Iterator[tuple]:
-    """Of each image in a file: what is known of it, as it was, as a canvas, its place there, whether it is faint."""
+def canvases_of(file: Path, size: int, invert: bool | None, draw: bool) -> Iterator[tuple]:
+    """Of each image in a file: what is known of it, itself if it will be drawn, its canvas and place there, a doubt."""
     try:
         blocks, _ = read_file(file)
         canvases = to_canvases(blocks, size, invert)
@@ -113,11 +113,11 @@ def canvases_of(file: Path, size: int, invert: bool | None) -> Iterator[tuple]:
         yield {"file": file.name, "error": one_line(error)}, None, None, None, None
         return
     for remark in canvases.remarks:
-        print(f"{file.name}: {remark}", file=sys.stderr)
-    white, several = white_of(blocks), len(canvases.x) > 1 or file.suffix.lower() == ".npz"
-    images = itertools.chain.from_iterable(blocks)
-    for i, (image, *canvas) in enumerate(zip(images, canvases.x, canvases.places, canvases.faint)):
-        yield {"file": file.name} | ({"index": i} if several else {}), (image / white).astype(np.float32), *canvas
+        print(f"{one_line(file.name)}: {remark}", file=sys.stderr)
+    several = len(canvases.x) > 1 or file.suffix.lower() == ".npz"
+    images = ((image, white_of(block)) if draw else None for block in blocks for image in block)
+    for i, (image, *canvas) in enumerate(zip(images, canvases.x, canvases.places, canvases.doubts)):
+        yield {"file": file.name} | ({"index": i} if several else {}), image, *canvas
 
 
 def count_and_find(
@@ -127,28 +127,34 @@ def count_and_find(
     x = np.stack([canvas for _, _, canvas, _, _ in batch])
     seen = air.infer(x, sample=False, num_steps=num_steps, looks=air.attend.looks)
     seen = [part.cpu().numpy() for part in (seen.count_probs, seen.boxes, seen.elbo, seen.explained)]
-    for (result, image, _, place, faint), largest, probs, boxes, elbo, explained in zip(
+    for (result, image, canvas, place, doubt), largest, probs, boxes, elbo, explained in zip(
         batch, largest_objects(x), *seen
     ):
-        if faint:
+        if doubt in EMPTY:
             result |= {"count": None, "count_probability": None, "explained": None, "elbo": None, "boxes": []}
-            result["warning"] = "its contrast is too low to be told from noise"
+            result["warning"] = doubt
             continue
         count = int(probs.argmax())
+        boxes = boxes[:count]  # The windows of all steps are valid up to any count: the guide takes every step.
+        signs = [doubt] if doubt else []
+        if usual:
+            signs += unusual(usual, count, elbo, explained, largest)
+        if count == len(probs) - 1:
+            signs.append(f"all {count} steps were used, there may be more objects (-t)")
+        elif left_out(canvas, boxes):
+            signs.append("there is something where nothing was found")
         left, top, across, down = place
-        # The windows of all steps are valid up to any count: the guide takes every step.
-        boxes = (boxes[:count] - [left, top, 0, 0]) / [across, down, across, down]
+        boxes = (boxes - [left, top, 0, 0]) / [across, down, across, down]
         result |= {"count": count, "count_probability": float(probs[count])}
         result |= {"explained": float(explained), "elbo": float(elbo), "boxes": boxes.round(2).tolist()}
-        if usual and (signs := unusual(usual, count, elbo, explained, largest)):
-            result["warning"] = f"unlike what it was trained on: {'; '.join(signs)}"
-        elif count == len(probs) - 1:
-            result["warning"] = f"all {count} steps were used: there may be more objects (-t)"
+        if signs:
+            result["warning"] = "; ".join(signs)
         if folder:
             name = "-".join(str(result[key]) for key in ("file", "index") if key in result)
             try:
-                picture = viz.draw_scene(image, boxes, f"{count} ({probs[count]:.1%})")
-                Image.fromarray(picture).save(folder / f"{name}.png")
+                picture = viz.draw_scene(image[0] / np.float32(image[1]), boxes, f"{count} ({probs[count]:.1%})")
+                with open(folder / f"{name}.png", "xb") as file:  # not in place of another image's
+                    file.write(viz.png(picture))
             except OSError as error:
                 result["error"] = f"its picture cannot be written: {error.strerror or error}"
 

@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images import files_in, largest_objects, load_canvases, object_size, read_file, to_canvases
+from images import (
+    BOTH,
+    CONTRARY,
+    LOW,
+    UNEVEN,
+    files_in,
+    largest_objects,
+    left_out,
+    load_canvases,
+    object_size,
+    read_file,
+    to_canvases,
+)
 from multi_mnist import DataError
 
 BACKGROUNDS = np.mgrid[0:1:50j, 0:1:50j]
@@ -74,7 +86,7 @@ def test_however_images_are_stored_the_model_sees_the_same(way, scenes):
     ink = (x > 0).any((1, 2))
     seen = to_canvases([WAYS[way](x)], 50)
     off = np.abs(seen.x.astype(float) - x) / 255
-    assert seen.x.dtype == np.uint8 and not seen.faint[ink].any()
+    assert seen.x.dtype == np.uint8 and not [seen.doubts[i] for i in np.flatnonzero(ink) if seen.doubts[i]]
     assert off[ink].mean() < {"noisy": 0.04, "mask": 0.04, "mask of 0 and 1": 0.04}.get(way, 0.015)
     assert (seen.x.max((1, 2)) == np.where(ink, 255, 0)).all()
     remarks = " ".join(seen.remarks)
@@ -91,11 +103,53 @@ def test_what_is_empty_and_what_is_too_faint():
     rng = np.random.default_rng(0)
     uniform = np.full((3, 50, 50), [[[0]], [[77]], [[255]]], np.uint8)
     seen = to_canvases([uniform], 50)
-    assert not seen.x.any() and not seen.faint.any() and not seen.remarks
+    assert not seen.x.any() and seen.doubts == [None] * 3 and not seen.remarks
     noise = rng.normal(128, [[[1.0]], [[3]], [[20]]], (3, 50, 50)).clip(0, 255).astype(np.uint8)
     seen = to_canvases([noise], 50)
-    assert not seen.x.any() and seen.faint.all() and "told from noise in 3 of 3 images" in seen.remarks[0]
-    assert to_canvases([rng.random((2, 50, 50))], 50).faint.all()
+    assert not seen.x.any() and seen.doubts == [LOW] * 3 and seen.remarks == [f"3 of 3 images: {LOW}: taken for empty"]
+    assert to_canvases([rng.random((2, 50, 50))], 50).doubts == [LOW] * 2
+
+
+def test_values_just_outside_a_range(scenes, tmp_path):
+    """Floats that went beyond 1 by interpolation; and what may be a mask of 0 and 2 is not called empty."""
+    x = scenes.x[scenes.counts > 0][:5]
+    assert alike(to_canvases([(x / 250).astype(np.float32)], 50).x, to_canvases([x], 50).x)
+    for stored in (2 * (x > 127).astype(np.uint8), x / 255e3):
+        assert to_canvases([stored], 50).doubts == [LOW] * 5
+    pages = to_canvases([x[:1], x[1:2].astype(np.uint16) * 257, x[2:3] / 255], 50)  # each has its own range
+    assert alike(pages.x, to_canvases([x[:3]], 50).x)
+    page = np.full((1, 3000, 3000), 255, np.uint8)
+    page[:, 100:110, 100:110] = 0
+    assert to_canvases([page], 50).doubts == [LOW]
+    stored = x.astype(np.float16)
+    stored[0, 0, 0] = np.inf
+    np.savez(tmp_path / "inf.npz", x=stored)
+    with pytest.raises(DataError, match="above 65,535"):
+        read_file(tmp_path / "inf.npz")
+
+
+def test_what_is_not_made_even_is_doubted(scenes):
+    x = scenes.x[scenes.counts > 0][:20]
+    shadow = np.where(np.arange(50) < 25, 0.6, 1.0)  # with a sharp edge
+    assert to_canvases([(255 - x) * shadow], 50).doubts.count(UNEVEN) > 15
+    left = np.arange(50) < 25
+    both = to_canvases([np.where(left, 128 + 0.45 * x, 128 - 0.45 * x)], 50)
+    mixed = (x[:, :, :25].max((1, 2)) > 0) & (x[:, :, 25:].max((1, 2)) > 0)
+    assert mixed.sum() > 3 and all(doubt in (BOTH, CONTRARY) for doubt in np.array(both.doubts)[mixed])
+    few_dark = np.concatenate([x, 255 - x[:2]])
+    seen = to_canvases([few_dark], 50)
+    assert seen.doubts[:20] == [None] * 20 and seen.doubts[20:] == [CONTRARY] * 2 and not seen.x[20:].any()
+    assert seen.remarks == [f"2 of 22 images: {CONTRARY}: taken for empty"]
+
+
+def test_ink_outside_all_windows():
+    x = np.zeros((50, 50), np.uint8)
+    x[5:15, 5:15], x[30:40, 30:40] = 255, 60
+    both = np.array([[3, 3, 14, 14], [28, 28, 14, 14]])
+    assert not left_out(x, both) and left_out(x, both[:1]) and left_out(x, both[1:]) and left_out(x, both[:0])
+    assert not left_out(0 * x, both[:0])
+    x[30:40, 30:40] = 20  # less than a tenth of white
+    assert not left_out(x, both[:1])
 
 
 def test_polarity_is_one_decision_and_can_be_told(scenes):

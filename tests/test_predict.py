@@ -144,7 +144,7 @@ def test_what_is_unlike_its_training_is_said(air, scenes, tmp_path):
     """By each of the three signs; and a contrast that is too low gives no count."""
     Image.fromarray(scenes.x[0]).save(tmp_path / "a.png")
     (plain,) = predict(air, [tmp_path / "a.png"])
-    assert plain.pop("warning") == "all 3 steps were used: there may be more objects (-t)"
+    assert plain.pop("warning") == "all 3 steps were used, there may be more objects (-t)"
     canvas = to_canvases([scenes.x[:1]], 50).x
     seen = air.infer(canvas, sample=False, looks=5)
     assert plain["explained"] == pytest.approx(float(seen.explained)) and plain["elbo"] == pytest.approx(
@@ -172,9 +172,13 @@ def test_a_picture_that_cannot_be_written_ends_nothing(air, scenes, tmp_path):
         Image.fromarray(scenes.x[0]).save(tmp_path / name)
     folder = tmp_path / "pictures"
     folder.mkdir()
+    (folder / "c.png.png").write_text("another's")
+    Image.fromarray(scenes.x[0]).save(tmp_path / "c.png")
+    (third,) = predict(air, [tmp_path / "c.png"], folder=folder)
+    assert "its picture cannot be written: File exists" in third["error"]
     first, second = predict(air, [tmp_path / long, tmp_path / "b.png"], folder=folder)
     assert "its picture cannot be written" in first["error"] and first["count"] == second["count"]
-    assert [file.name for file in folder.iterdir()] == ["b.png.png"]
+    assert sorted(file.name for file in folder.iterdir()) == ["b.png.png", "c.png.png"]
 
 
 def test_pages_have_numbers(air, scenes, tmp_path):
