@@ -74,8 +74,12 @@ def kinds(digits, classes, air: AIR, n: int, rng: np.random.Generator):
         yield f"{many} digits, T = 8 (false alarms)", scenes(max_digits=many, min_digits=many), 8
     for many in (4, 5):
         yield f"{many} digits, T = 3", scenes(max_digits=many, min_digits=many), 3
-    yield "digits twice as large (42 pixels)", wide(42), 8
+    for times in (1.4, 1.8, 2):
+        yield f"digits {times:g} times as large ({21 * times:.0f} pixels)", wide(round(21 * times)), 8
     yield "digits half as large (10 pixels)", wide(10), 8
+    pages, at = 255 - scenes().astype(float), np.arange(size)[None, None]
+    yield "a sharp shadow over half a page", pages * np.where(at < size / 2, 0.6, 1), 8
+    yield "a sharp shadow over a quarter of it", pages * np.where((at < size / 2) & (at.mT < size / 2), 0.6, 1), 8
     yield "photographs", cut(PHOTOGRAPHS, n, rng), 8
     yield "pages of text, dark on light", cut(PAGES, n, rng), 8
     yield "words, light on black", np.stack([some_words(rng) for _ in range(n)]), 8

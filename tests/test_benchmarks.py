@@ -173,4 +173,4 @@ def test_unlike_prints_a_share_for_each_kind(run, digits, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["unlike.py", str(run[0]), "-n", "3"])
     unlike.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 13 and all(0 <= float(line.split()[-1].rstrip("%")) <= 100 for line in lines)
+    assert len(lines) == 17 and all(0 <= float(line.split()[-1].rstrip("%")) <= 100 for line in lines)
