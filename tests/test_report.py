@@ -56,7 +56,7 @@ def test_boxes_that_are_right_are_found_right(scenes):
     n = len(counts)
     nothing = np.zeros((n, 2, 1))
     seen = Inference(
-        counts, *[nothing] * 5, scenes.boxes.astype(float), nothing, np.ones((n, 2, 28, 28)), nothing, nothing
+        counts, *[nothing] * 6, scenes.boxes.astype(float), nothing, np.ones((n, 2, 28, 28)), nothing, nothing
     )
     found = report.localisation(seen, report.match(seen.boxes, counts, scenes.boxes, scenes.counts), scenes)
     for part, missing in (("correctly_counted", 0), ("all", 10)):
@@ -141,7 +141,7 @@ def test_probes_tell_what_is_there_from_what_is_not(scenes, digits, monkeypatch)
         codes = np.eye(10)[labels].astype(np.float32)
         one = np.ones((n, 2, 28, 28), np.float32)
         where = np.zeros((n, 2, 3), np.float32)
-        return Inference(counts, where, where, where, codes, codes, boxes.astype(float), one, one, one, one)
+        return Inference(counts, where, where, where, where, codes, codes, boxes.astype(float), one, one, one, one)
 
     known, used = {}, []
 
