@@ -132,6 +132,7 @@ class AIR(nn.Module):
         self.num_steps, self.image_size, self.window_size = num_steps, image_size, window_size
         self.z_what_size, self.likelihood_sd, self.exploration = z_what_size, likelihood_sd, exploration
         self.count_ratio = self.training_count_ratio = count_ratio
+        self.usual_window = image_size / z_where_loc[0]  # How long a window mostly is, in pixels.
         self.register_buffer("z_where_loc", torch.tensor(z_where_loc), persistent=False)
         self.register_buffer("z_where_scale", torch.tensor(z_where_scale), persistent=False)
 

@@ -81,7 +81,7 @@ def train(args, checkpoint: dict | None) -> None:
             rate = schedule(run.step, args.num_steps)
             for group, largest in zip(adam.param_groups, (args.learning_rate, args.baseline_learning_rate)):
                 group["lr"] = rate * largest
-            air.set_count_prior(count_ratio(run.step, args.num_steps))
+            air.set_count_prior(count_ratio(run.step, args.num_steps, air.usual_window))
             run.finish_step(svi.step(x))
 
             evaluation_is_due, pictures_are_due = run.is_due(args.eval_every), run.is_due(args.viz_every)

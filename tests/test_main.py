@@ -256,8 +256,10 @@ def test_learning_rate_and_count_prior_follow_their_schedules(run_main, monkeypa
     ratios = []
     set_count_prior = AIR.set_count_prior
     monkeypatch.setattr(AIR, "set_count_prior", lambda air, ratio: ratios.append(ratio) or set_count_prior(air, ratio))
-    assert run_main("-n", 5, "-b", 8, "-blr", 0.1, "--visdom", "off", "--out", tmp_path / "run").returncode == 0
-    assert ratios == [count_ratio(step, 5) for step in range(5)]
+    flags = "-n", 5, "-b", 8, "-blr", 0.1, "--object-size", 16, "--visdom", "off", "--out", tmp_path / "run"
+    assert run_main(*flags).returncode == 0
+    assert ratios == pytest.approx([count_ratio(step, 5, window=16 * 1.15) for step in range(5)])
+    assert ratios[0] < count_ratio(0, 5)
     groups = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == [schedule(4, 5) * 4e-3, schedule(4, 5) * 0.1]
     assert all(tuple(group["betas"]) == (0.9, 0.95) for group in groups)

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -121,6 +122,11 @@ def test_schedules():
     ratios = [math.log(count_ratio(step, 1000)) for step in (0, 99, 150, 200, 600, 1000)]
     assert ratios == pytest.approx([-3, -3, -6, -9, -6.5, -4])
     assert math.log(count_ratio(49, 50)) == -3
+    # An object of more pixels has a larger price, but one that Pyro's Bernoulli can tell from the next larger.
+    small, digit, large, huge = (math.log(count_ratio(200, 1000, window)) for window in (8, 50 / 3, 20, 80))
+    assert small == digit == -9 and large == pytest.approx(-9 * 1.44)
+    strictest, more_so = (dist.Bernoulli(math.exp(price)).log_prob(torch.tensor(1.0)) for price in (huge, huge - 0.1))
+    assert strictest == pytest.approx(huge, abs=1e-3) and more_so < strictest
 
 
 def test_clipping():

@@ -14,6 +14,8 @@ from torch.nn.utils import clip_grads_with_norm_
 from air import AIR
 from training.parallel import Processes
 
+DIGIT_WINDOW = 50 / 3  # How long, in pixels, the windows on multi-MNIST's digits are by the prior on poses.
+
 
 class NonFiniteError(ArithmeticError):
     """A run came to numbers that are not finite, from which nothing can be learned."""
@@ -89,13 +91,15 @@ def schedule(step: int, num_steps: int, warm_up: int = 100) -> float:
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
-def count_ratio(step: int, num_steps: int) -> float:
-    """The ratio of the prior on the count at `step`, while training.
+def count_ratio(step: int, num_steps: int, window: float = DIGIT_WINDOW) -> float:
+    """The ratio of the prior on the count at `step`, while training; `window`: how long windows mostly are, in pixels.
 
     Strict from the 200th step on, and slowly less so, so that one object is not explained by several pieces; but not
-    at first: before the decoder can paint anything, everything would become no object.
+    at first: before the decoder can paint anything, everything would become no object. What a second piece gains
+    grows with the pixels of an object, and so must its price; but Pyro takes no probability below 1.2e-7 (16 nats).
     """
-    return math.exp(np.interp(step, [0, 100, 200, max(num_steps, 201)], [-3, -3, -9, -4]))
+    price = np.clip((window / DIGIT_WINDOW) ** 2, 1, 1.75)
+    return math.exp(price * np.interp(step, [0, 100, 200, max(num_steps, 201)], [-3, -3, -9, -4]))
 
 
 class SingleOptimizer(PyroOptim):
