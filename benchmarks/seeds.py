@@ -3,6 +3,7 @@
     python benchmarks/seeds.py                                   # fifty seeds, to step 500 of a default run
     python benchmarks/seeds.py --whole --seeds 0 1 2             # whole runs, evaluated on the test scenes
     python benchmarks/seeds.py --seeds 0 1 2 -- --guide rnn      # what follows -- is for main.py
+    python benchmarks/seeds.py --without exploration             # without a part of the method, see without.py
 
 Each run has the schedules of a whole one; it is stopped at the first evaluation at that step or later. Runs that
 are there already are not made again, so that the script may be stopped and started at will.
@@ -21,14 +22,16 @@ from statistics import mean, median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from without import PARTS
+
 from training.run import read_metrics
 
 ROOT = Path(__file__).parent.parent
 ACCURACIES = {"sample": "count_accuracy", "mode": "count_accuracy_mode", "looks": "count_accuracy_looks"}
 
 
-def train_until(folder: Path, flags: list, step: int | None = None) -> list[dict]:
-    """Run main.py in `folder`, with one thread, until it has evaluated at `step` or later, or to its end.
+def train_until(folder: Path, flags: list, step: int | None = None, program: tuple = ("main.py",)) -> list[dict]:
+    """Run `program` in `folder`, with one thread, until it has evaluated at `step` or later, or to its end.
 
     A run that is there already is resumed. Returns the lines of its metrics.jsonl.
     """
@@ -41,7 +44,7 @@ def train_until(folder: Path, flags: list, step: int | None = None) -> list[dict
         there = (folder / "checkpoint.pt").exists()
         if not there:
             shutil.rmtree(folder, ignore_errors=True)  # Stopped before there was anything to resume.
-        command = [sys.executable, ROOT / "main.py", *flags, "--load" if there else "--out", folder]
+        command = [sys.executable, ROOT / program[0], *program[1:], *flags, "--load" if there else "--out", folder]
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_name(f"{folder.name}.log")
         with open(log, "w") as output:
@@ -53,14 +56,15 @@ def train_until(folder: Path, flags: list, step: int | None = None) -> list[dict
                 run.send_signal(signal.SIGTERM)  # It saves and ends.
             run.wait()
         if not done():
-            sys.exit(f"main.py ended with status {run.returncode}, see {log}")
+            sys.exit(f"{program[0]} ended with status {run.returncode}, see {log}")
     return read_metrics(folder)
 
 
 def accuracies(seed: int, args) -> dict:
     """The line of metrics.jsonl of a run's first evaluation at step `args.stop_at` or later, or of its last one."""
     flags = ["--seed", seed, "--viz-every", 10**6, "--visdom", "off", *args.flags]
-    lines = train_until(args.out / f"seed{seed}", flags, None if args.whole else args.stop_at)
+    program = ("benchmarks/without.py", args.without) if args.without else ("main.py",)
+    lines = train_until(args.out / f"seed{seed}", flags, None if args.whole else args.stop_at, program)
     line = lines[-1] if args.whole else next(line for line in lines if line["step"] >= args.stop_at)
     measured = " ".join(f"{name} {line[key]:.2%}" for name, key in ACCURACIES.items() if line[key] is not None)
     print(
@@ -75,6 +79,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=range(50), metavar="SEED", help="(default: 0 to 49)")
     parser.add_argument("--stop-at", type=int, default=500, metavar="STEP", help="(default: %(default)s)")
     parser.add_argument("--whole", action="store_true", help="do not stop; print the test accuracies")
+    parser.add_argument("--without", choices=PARTS, help="a part of the method to leave out")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of main.py")
     args = parser.parse_args()

@@ -2,6 +2,7 @@ import csv
 import json
 import shutil
 import sys
+from functools import partial
 
 import coins
 import estimators
@@ -14,9 +15,12 @@ import sprites
 import table
 import torch
 import unlike
+import without
 from conftest import ROOT, metrics
+from pyro import poutine
 from scipy.ndimage import label
 
+from air import AIR
 from images import read_arrays
 
 
@@ -101,6 +105,31 @@ def test_seeds_of_whole_runs(data_dir, tmp_path, monkeypatch, capsys):
     out, last = capsys.readouterr().out, json.loads((tmp_path / "seed3/metrics.jsonl").read_text().splitlines()[-1])
     assert last["split"] == "test" and "test scenes" in out
     assert f"sample {last['count_accuracy']:.2%}" in out and f"looks {last['count_accuracy_looks']:.2%}" in out
+
+
+def test_without_a_part(data_dir, tmp_path, monkeypatch):
+    """There is such a part, the likelihood in one piece is the same density, and a run goes without."""
+    for where, name, _ in without.PARTS.values():
+        assert hasattr(where, name)
+
+    air, x = AIR(num_steps=2).eval(), torch.rand(5, 50, 50)
+    guide, model = air.traces(x)
+    other = poutine.trace(poutine.replay(partial(without.one_likelihood, air), trace=guide)).get_trace(x)
+    assert other.log_prob_sum().item() == pytest.approx(model.log_prob_sum().item())
+
+    dot = torch.zeros(1, 50, 50)
+    dot[:, 10, 30] = dot[:, 20, 40] = 1  # Halfway between is (35.5, 15.5), in pixels from the corner.
+    x_and_y = without.mean_place(air.attend, dot)[0]
+    assert x_and_y.tolist() == pytest.approx([2 * 35.5 / 50 - 1, 2 * 15.5 / 50 - 1])
+
+    own = ["--", "-n", "2", "-b", "8", "--data-dir", str(data_dir)]
+    flags = ["--whole", "--seeds", "0", "--without", "thickening", "--out", str(tmp_path), *own]
+    monkeypatch.setattr(sys, "argv", ["seeds.py", *flags])
+    seeds.main()
+    monkeypatch.setattr(sys, "argv", ["seeds.py", *flags[:3], "--out", str(tmp_path / "all"), *own])
+    seeds.main()
+    lines = [metrics(folder / "seed0")[-1]["elbo"] for folder in (tmp_path, tmp_path / "all")]
+    assert lines[0] != lines[1]
 
 
 def test_sprites_are_as_many_as_they_say(monkeypatch, tmp_path):
