@@ -18,6 +18,7 @@ description besides; the generative model's structure is the same:
 """
 
 import math
+import warnings
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from pyro.params import param_with_module_name
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from images import FAINT, check_images, to_canvases
 from modules import (
     Decoder,
     Encoder,
@@ -328,9 +330,35 @@ class AIR(nn.Module):
         model.compute_log_prob()
         return guide, model
 
+    def infer(
+        self, x: Tensor | np.ndarray, sample: bool = True, num_steps: int | None = None, looks: int = 1
+    ) -> Inference:
+        """What is in the images `x`, see `explain` for the rest.
+
+        x: an array `[n, h, w]` of any images, which are brought to the model by the rule in images.py, with a warning
+            that says what was done; or a tensor of canvases `[n, h, h]`, floats in [0, 1] (or uint8), light on black.
+
+        Boxes are in pixels of the canvas. Raises ValueError for what cannot be such images.
+        """
+        if isinstance(x, np.ndarray):
+            check_images(x)
+            canvases = to_canvases([x], self.image_size)
+            for remark in canvases.remarks:
+                warnings.warn(remark, stacklevel=2)
+            return self.explain(to_images(canvases.x), sample, num_steps, looks)
+        x = to_images(x)
+        if x.shape[1:] != (self.image_size, self.image_size) or not x.numel():
+            raise ValueError(f"images have shape {list(x.shape)}, expected [n, {self.image_size}, {self.image_size}]")
+        if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
+            raise ValueError("images have values outside [0, 1], or NaN")
+        border, brightest = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1).median(1)[0], x.amax((1, 2))
+        if (border > 0.04).any() or ((0 < brightest) & (brightest < FAINT)).any():
+            raise ValueError("canvases must be light on black; an array of images is brought to that, a tensor is not")
+        return self.explain(x, sample, num_steps, looks)
+
     @torch.no_grad()
-    def infer(self, x: Tensor, sample: bool = True, num_steps: int | None = None, looks: int = 1) -> Inference:
-        """What is in the images `x`, `[n, h, h]`, floats in [0, 1] (or uint8), a tensor or an array.
+    def explain(self, x: Tensor, sample: bool = True, num_steps: int | None = None, looks: int = 1) -> Inference:
+        """What is on canvases `[n, h, h]`, floats.
 
         sample: whether to sample the guide, as the literature does to report accuracy, or to take at each
             choice what it holds most probable (see `MostProbable`).
@@ -338,20 +366,12 @@ class AIR(nn.Module):
         looks: how many times to look at each image; what explains it best, with the largest
             `log p(x, z) - log q(z | x)`, is kept. The residual guide looks at slightly other places each time, which
             mends many of its mistakes; the RNN guide sees the same again.
-
-        Raises ValueError for what cannot be such images.
         """
-        x = to_images(x, self.z_where_loc.device).to(self.z_where_loc.dtype)
-        if x.shape[1:] != (self.image_size, self.image_size) or not x.numel():
-            raise ValueError(f"images have shape {list(x.shape)}, expected [n, {self.image_size}, {self.image_size}]")
-        if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
-            raise ValueError("images have values outside [0, 1], or NaN")
-        if not torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]]).median() <= 0.04:
-            raise ValueError("images have no black background: `images.to_canvases` brings them to the model")
         if num_steps is not None and not 1 <= num_steps <= MAX_STEPS:
             raise ValueError(f"num_steps must be from 1 to {MAX_STEPS}, not {num_steps}")
         if looks < 1:
             raise ValueError(f"looks must be at least 1, not {looks}")
+        x = x.to(self.z_where_loc)
         kept = None
         for look in range(looks):
             with nullcontext() if sample else MostProbable():

@@ -49,7 +49,7 @@ def evaluate(
     """Count accuracy, ELBO and the like on `scenes`, one sample of the guide per image.
 
     num_steps: T, the most objects that can be found, if not as many as in training.
-    looks: if more than 1, the accuracy of so many looks is measured as well, see `AIR.infer`.
+    looks: if more than 1, the accuracy of so many looks is measured as well, see `AIR.explain`.
     With its own random numbers: whether and when it is called does not change a training run.
 
     The metrics are plain numbers, the part of a line of metrics.jsonl that is measured here: images; elbo (nats per
@@ -64,12 +64,13 @@ def evaluate(
     with seeded_rng(device, seed):
         batches, best, first = [], [], []
         for start in range(0, len(scenes.x), batch_size):
-            seen = air.infer(scenes.x[start : start + batch_size], num_steps=num_steps)
+            x = to_images(scenes.x[start : start + batch_size])
+            seen = air.explain(x, num_steps=num_steps)
             batches.append((seen.counts, seen.count_probs.argmax(-1), seen.elbo, seen.explained, seen.boxes))
             if start < KEPT_WHOLE:
                 first.append([part[: KEPT_WHOLE - start].cpu().numpy() for part in seen])
             if looks > 1:
-                seen = air.infer(scenes.x[start : start + batch_size], False, num_steps, looks)
+                seen = air.explain(x, False, num_steps, looks)
                 best.append((seen.counts, seen.elbo, seen.explained))
         r2 = None if air.baseline is None else baseline_r2(air, to_images(scenes.x[:batch_size], device))
     counts, modes, elbo, explained, boxes = (torch.cat(parts).cpu().numpy() for parts in zip(*batches))

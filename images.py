@@ -9,8 +9,10 @@ Training, evaluation and prediction read them with `read_file` and bring them to
 4. Objects are what differs from the background. If more of that is darker than lighter, in all images together, they
    are inverted.
 5. The background becomes black, and the brightest pixel of each image white. An image of one grey is empty. One whose
-   contrast is too low to be told from noise is taken for empty, and that is said; so is one whose background is uneven
-   in another way, and one that has ink of the other polarity as well.
+   contrast is too low to be told from noise is taken for empty.
+
+What speaks against counting what is in an image is said: its contrast, a background that no surface fits, or ink of
+both polarities.
 """
 
 import warnings
@@ -44,9 +46,7 @@ class Canvases(NamedTuple):
     """Images as the model takes them, and what was done to them."""
 
     x: np.ndarray  # uint8 [n, size, size]
-    places: (
-        np.ndarray
-    )  # [n, 4], in canvas pixels where the image's corner lies (x, y), and by what it was scaled (x, y)
+    places: np.ndarray  # [n, 4]: where the image's corner lies, (x, y) in canvas pixels, and its scale along x and y
     doubts: list[str | None]  # [n], what speaks against counting what is in an image; `EMPTY` if it was taken for empty
     remarks: list[str]  # what was done that a user may want to know
 
@@ -72,19 +72,27 @@ def read_file(path: Path) -> tuple[list[np.ndarray], np.ndarray | None]:
     """
     if path.suffix.lower() == ".npz":
         x, counts = read_arrays(path)
-        blocks = [x]
-    else:
-        try:
-            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-                # The second image in a phone's JPEG is no other picture.
-                frames = [image] if image.format == "MPO" else ImageSequence.Iterator(image)
-                blocks, counts = [to_grey(ImageOps.exif_transpose(frame))[None] for frame in frames], None
-        except Exception as error:  # Whatever goes wrong in reading, the file is at fault.
-            raise DataError(f"{path} cannot be read: {one_line(error)}") from None
+        return [x], counts
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            # The second image in a phone's JPEG is no other picture.
+            frames = [image] if image.format == "MPO" else ImageSequence.Iterator(image)
+            blocks = [to_grey(ImageOps.exif_transpose(frame))[None] for frame in frames]
+    except Exception as error:  # Whatever goes wrong in reading, the file is at fault.
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from None
     for x in blocks:
-        if x.dtype != bool and not (x.min() >= 0 and float(x.max()) <= RANGES[-1]):  # false for NaN as well
-            raise DataError(f"images in {path} have values below 0 or above {RANGES[-1]:,}, or NaN")
-    return blocks, counts
+        check_images(x, f" in {path}")
+    return blocks, None
+
+
+def check_images(x: np.ndarray, where: str = "") -> None:
+    """Raises DataError, with one line that says what is wrong, unless these are images `[n, h, w]`."""
+    if x.ndim != 3 or not x.size:
+        raise DataError(f"images{where} have shape {list(x.shape)}, expected [n, h, w], none of them 0")
+    if x.dtype.kind not in "biuf":
+        raise DataError(f"images{where} are {x.dtype}, expected numbers")
+    if x.dtype != bool and not (x.min() >= 0 and float(x.max()) <= RANGES[-1]):  # false for NaN as well
+        raise DataError(f"images{where} have values below 0 or above {RANGES[-1]:,}, or NaN")
 
 
 def read_arrays(path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -102,10 +110,7 @@ def read_arrays(path) -> tuple[np.ndarray, np.ndarray | None]:
         raise DataError(f"{path} is not a readable .npz file of plain arrays: {one_line(error)}") from None
     if x is None:
         raise DataError(f"{path} has no array 'x', only {', '.join(map(repr, names[:5])) or 'nothing'}")
-    if x.ndim != 3 or not x.size:
-        raise DataError(f"images in {path} have shape {list(x.shape)}, expected [n, h, w], none of them 0")
-    if x.dtype.kind not in "biuf":
-        raise DataError(f"images in {path} are {x.dtype}, expected numbers")
+    check_images(x, f" in {path}")
     if counts is not None:
         if counts.shape != (len(x),) or counts.dtype.kind not in "iu" or counts.min() < 0 or counts.max() > 1000:
             raise DataError(f"counts in {path} must be {len(x)} whole numbers from 0 to 1,000, one per image")

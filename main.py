@@ -126,7 +126,7 @@ def summary(result: dict, folder: Path) -> str:
         return f"{accuracy:.2%} (95% interval {low:.2%} to {high:.2%})"
 
     minutes = result["seconds"] / 60
-    lines = [f"{result['images']:,} test scenes, {result['step']:,} steps, {minutes:.1f} minutes of training"]
+    lines = [f"{result['images']:,} held-out scenes, {result['step']:,} steps, {minutes:.1f} minutes of training"]
     if result["count_accuracy"] is not None:
         lines += [
             f"  count accuracy   {with_interval(result['count_accuracy'])}, by one sample of the guide",

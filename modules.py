@@ -92,7 +92,7 @@ class MLP(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Parameterizes `q(z_what_t | ..)`, a Normal, from a crop `[batch, .., w, w]` of `crop_size` pixels in all."""
+    """Parameterizes `q(z_what_t | ..)`, a Normal, from a crop `[batch, w, k * w]` of `crop_size` pixels in all."""
 
     def __init__(self, crop_size: int, hidden_size: int, z_what_size: int):
         super().__init__()
@@ -127,7 +127,8 @@ class RNNAttention(nn.Module):
     prior, so that the first guess is a plausible window. The encoder sees the image.
     """
 
-    pictures, looks = 1, 1  # that the encoder sees; that pay, when an image is looked at several times
+    pictures = 1  # that the encoder sees
+    looks = 1  # at an image that pay
 
     def __init__(self, image_size: int, z_what_size: int, rnn_size: int, hidden_size: int, prior: PosePrior):
         super().__init__()
@@ -173,7 +174,7 @@ class ResidualAttention(nn.Module):
     later ones is left out of the gradient, which is biased by that. (With it, training is unstable.)
     """
 
-    pictures, looks = 2, 5
+    pictures, looks = 2, 5  # as above
     first_look, second_look = 2.0, 1.5  # how wide, in widths of the window
 
     def __init__(self, image_size: int, window_size: int, hidden_size: int, prior: PosePrior):

@@ -58,15 +58,15 @@ CANVAS_SIZE = 50
 MAX_DIGITS = 2
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """The data cannot be had or used; the message is one that a user can act on."""
 
 
 class Scenes(NamedTuple):
     """A set of `n` scenes and what is true of them (-1 where there is no digit).
 
-    x: uint8 `[n, h, w]`, ink is bright; or floats in [0, 1] in a user's own file.
-    counts: int64 `[n]`, the number of digits; None in a user's file without them.
+    x: uint8 `[n, h, w]`, ink is bright.
+    counts: int64 `[n]`, the number of digits; None in a user's images without them.
     labels: int64 `[n, max_digits]`, the digits' classes.
     boxes: int64 `[n, max_digits, 4]`, `(x, y, w, h)` in pixels: the tightest rectangle around the ink.
     """

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 
 import viz
-from air import AIR, MAX_STEPS
+from air import AIR, MAX_STEPS, to_images
 from evaluation import Usual, unusual
 from images import EMPTY, files_in, largest_objects, left_out, read_file, to_canvases, white_of
 from multi_mnist import DataError, one_line
 from training.checkpoint import build_air, read_checkpoint, read_usual
 from training.options import UsageError, one_line_errors, positive
 
-MOST_OBJECTS = 8  # that are looked for, whatever the run was trained with: its guide needs no other to find them
+MOST_OBJECTS = 8  # that are looked for, if not more in training: the residual guide finds more than it was shown
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         "--model-steps",
         type=positive(int, MAX_STEPS),
         metavar="T",
-        help="most objects looked for (default: 8)",
+        help=f"most objects looked for (default: {MOST_OBJECTS}; with the RNN guide the run's own)",
     )
     parser.add_argument(
         "--invert",
@@ -60,14 +60,16 @@ def main(argv: list[str] | None = None) -> None:
         most = max(MOST_OBJECTS, air.num_steps) if air.config["guide"] == "residual" else air.num_steps
         print("[", end="")
         results = predict(air, files, usual, args.invert, args.out, args.model_steps or most)
-        for i, result in enumerate(results):
-            print(",\n " if i else "", json.dumps(result), sep="", end="", flush=True)
-            name = one_line(result["file"]) + (f" {result['index']}" if "index" in result else "")
-            failed += "error" in result
-            for kind in ("warning", "error"):
-                if kind in result:
-                    print(f"{name}: {kind}: {one_line(result[kind])}", file=sys.stderr)
-        print("]")
+        try:
+            for i, result in enumerate(results):
+                print(",\n " if i else "", json.dumps(result), sep="", end="", flush=True)
+                name = one_line(result["file"]) + (f" {result['index']}" if "index" in result else "")
+                failed += "error" in result
+                for kind in ("warning", "error"):
+                    if kind in result:
+                        print(f"{name}: {kind}: {one_line(result[kind])}", file=sys.stderr)
+        finally:
+            print("]")  # Interrupted as well, it leaves a whole list.
     sys.exit(1 if failed else 0)
 
 
@@ -82,12 +84,12 @@ def predict(
 ) -> Iterator[dict]:
     """What is in the images in some files, see `images.read_file`.
 
-    Yields a dictionary for each image, of plain values: file; index, if there are several in it; count, the guide's
-    most probable one; count_probability, what the guide gives it; explained, the share of the ink that it accounts for;
-    elbo, in nats; boxes, `[x, y, w, h]` each, in pixels of the image as it was (they may reach beyond its edges); and
-    warning, with what speaks against the count (it is None if nothing can be told). For a file that cannot be read, and
-    for a picture that cannot be written: file and error. Nothing depends on chance; it is the best of several looks,
-    see `AIR.infer`. What was done to a file's images is said on stderr.
+    Yields a dictionary for each image, of plain values: file; index, if there are several in it; count;
+    count_probability, what the guide gives it; explained, the share of the ink that it accounts for; elbo, in nats;
+    boxes, `[x, y, w, h]` each, in pixels of the image as it was (they may reach beyond its edges); and warning, with
+    what speaks against the count (it is None if nothing can be told). For a file that cannot be read, and for a picture
+    that cannot be written: file and error. Nothing depends on chance; it is the best of several looks, see
+    `AIR.explain`. What was done to a file's images is said on stderr.
 
     usual: what ordinary scenes look like, see `evaluation.Usual`; without it there are no warnings.
     invert: whether the images are dark on light; None finds it out for each file.
@@ -125,17 +127,17 @@ def count_and_find(
 ) -> None:
     """Add to what is known of each image what is in it; draw it, if there is a folder for the pictures."""
     x = np.stack([canvas for _, _, canvas, _, _ in batch])
-    seen = air.infer(x, sample=False, num_steps=num_steps, looks=air.attend.looks)
-    seen = [part.cpu().numpy() for part in (seen.count_probs, seen.boxes, seen.elbo, seen.explained)]
-    for (result, image, canvas, place, doubt), largest, probs, boxes, elbo, explained in zip(
+    seen = air.explain(to_images(x), sample=False, num_steps=num_steps, looks=air.attend.looks)
+    parts = (seen.counts, seen.count_probs, seen.boxes, seen.elbo, seen.explained)
+    seen = [part.cpu().numpy() for part in parts]
+    for (result, image, canvas, place, doubt), largest, count, probs, boxes, elbo, explained in zip(
         batch, largest_objects(x), *seen
     ):
         if doubt in EMPTY:
             result |= {"count": None, "count_probability": None, "explained": None, "elbo": None, "boxes": []}
             result["warning"] = doubt
             continue
-        count = int(probs.argmax())
-        boxes = boxes[:count]  # The windows of all steps are valid up to any count: the guide takes every step.
+        count, boxes = int(count), boxes[:count]
         signs = [doubt] if doubt else []
         if usual:
             signs += unusual(usual, count, elbo, explained, largest)

@@ -5,7 +5,7 @@
 The photograph is scikit-image's `coins`, 24 coins in uneven light. Its right half gives the crops to learn from, the
 left half a hundred with other coins, which were counted by hand (coins_counts.csv). A crop is a rectangle that cuts
 no coin and has none to four; crops become canvases of 64 pixels by the rule of images.py, all at the same scale.
-Trains for a few minutes, prints how often the hand count is met, and leaves `coins.png` in the folder of the run.
+Trains, prints how often the hand count is met, and leaves `coins.png` in the folder of the run.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from skimage.data import coins
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import viz
+from air import to_images
 from evaluation import interval
 from images import to_canvases
 from training.checkpoint import load_air
@@ -56,7 +57,7 @@ def main() -> None:
     counts = np.array([row["count"] for row in rows])
     x = np.stack([canvas(photograph[r["top"] :, r["left"] :][: r["height"], : r["width"]]) for r in rows])
     air = load_air(args.out)
-    seen = air.infer(x, sample=False, num_steps=8, looks=air.attend.looks)
+    seen = air.explain(to_images(x), sample=False, num_steps=8, looks=air.attend.looks)
     found, boxes = seen.counts.numpy(), seen.boxes.numpy()
     low, high = interval(np.mean(found == counts), len(counts))
     print(f"{np.mean(found == counts):.0%} of {len(counts)} crops counted right (95% interval {low:.0%} to {high:.0%})")

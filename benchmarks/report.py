@@ -26,7 +26,7 @@ from sklearn.neural_network import MLPClassifier
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import viz
-from air import AIR, Inference
+from air import AIR, MAX_STEPS, Inference, to_images
 from evaluation import default_batch_size, evaluate, importance_bound, interval, seeded_rng
 from modules import pose_to_box
 from multi_mnist import DIGIT_SIZE, Scenes, compose, load_digits, load_split
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "-t",
         "--model-steps",
-        type=positive(int, 50),
+        type=positive(int, MAX_STEPS),
         default=8,
         help="T, for unseen numbers of digits (default: 8)",
     )
@@ -102,7 +102,7 @@ def look(air: AIR, x: np.ndarray, num_steps: int | None = None, looks: int | Non
     batches = []
     with seeded_rng(device), torch.no_grad():
         for start in range(0, len(x), batch_size):
-            seen = air.infer(x[start : start + batch_size], looks is None, num_steps, looks or 1)
+            seen = air.explain(to_images(x[start : start + batch_size]), looks is None, num_steps, looks or 1)
             seen = seen._replace(canvases=seen.counts, reconstruction=seen.counts)  # not looked at, and large
             batches.append([part.cpu().numpy() for part in seen])
     return Inference(*map(np.concatenate, zip(*batches)))
@@ -256,7 +256,7 @@ def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray, num_steps:
     for digits_in_it in (3, 4, 5):
         rng = np.random.default_rng(digits_in_it)
         scenes = compose(digits, classes, n, rng, air.image_size, digits_in_it, min_digits=digits_in_it)
-        for steps in (3, num_steps) if digits_in_it == 3 else (num_steps,):
+        for steps in (air.num_steps, num_steps) if digits_in_it == 3 else (num_steps,):
             counted, best = count(air, scenes, steps)
             measured["more_digits"].append({"digits": digits_in_it, "steps": steps} | counted)
         pictures[f"{digits_in_it} digits: true count → inferred"] = drawn(scenes, best, columns)

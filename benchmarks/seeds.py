@@ -6,11 +6,13 @@
     python benchmarks/seeds.py --without exploration             # without a part of the method, see without.py
 
 Each run has the schedules of a whole one; it is stopped at the first evaluation at that step or later. Runs that
-are there already are not made again, so that the script may be stopped and started at will.
+are in --out already are not made again, so that the script may be stopped and started at will: after a change to the
+code, name another folder.
 """
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,9 +82,13 @@ def main() -> None:
     parser.add_argument("--stop-at", type=int, default=500, metavar="STEP", help="(default: %(default)s)")
     parser.add_argument("--whole", action="store_true", help="do not stop; print the test accuracies")
     parser.add_argument("--without", choices=PARTS, help="a part of the method to leave out")
-    parser.add_argument("--out", type=Path, default=Path("runs/seeds"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: runs/seeds, and what is not as usual)")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of main.py")
     args = parser.parse_args()
+    unusual = [f"without-{args.without}"] * bool(args.without) + [
+        re.sub(r"\W+", "-", flag).strip("-") for flag in args.flags
+    ]
+    args.out = args.out or Path("runs", "-".join(["seeds", *unusual]))
     with ThreadPoolExecutor(2) as pool:
         lines = list(pool.map(lambda seed: accuracies(seed, args), args.seeds))
     print(f"{len(lines)} seeds, {lines[0]['split']} scenes; ELBO {mean(line['elbo'] for line in lines):.1f} nats")

@@ -36,7 +36,7 @@ def table(folders: list[Path]) -> str:
         if not metrics or metrics[-1]["split"] != "test":
             sys.exit(f"{folder} is not a finished run")
         seed = json.loads((folder / "config.json").read_text())["flags"]["seed"]
-        early = next((line for line in metrics if line["step"] == 500), {})
+        early = next((line for line in metrics if (line["split"], line["step"]) == ("validation", 500)), {})
         lines[seed] = metrics[-1] | {"early": early.get("count_accuracy_mode")}
     columns = COLUMNS | {"validation at step 500": ("early", "{:.1%}", min)}
     rows = [["seed", *columns], ["---"] * (1 + len(columns))]

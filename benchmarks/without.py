@@ -41,7 +41,7 @@ def mean_place(self, residual):
     return torch.stack([weight.sum(-2) @ self.centres, weight.sum(-1) @ self.centres], -1)
 
 
-# What takes the place of what; name: (where, which, by what)
+# name: (object, attribute, what it is replaced by)
 PARTS = {
     "gains": (AIR, "model", one_likelihood),
     "prior": (main, "count_ratio", lambda *_: 1.0),

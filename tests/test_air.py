@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -8,7 +9,8 @@ from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
 from torch import nn
 
-from air import AIR, MostProbable
+from air import AIR, MostProbable, to_images
+from images import to_canvases
 from modules import image_to_object, object_to_image
 
 SMALL = {"image_size": 50, "window_size": 9, "z_what_size": 4, "rnn_size": 16, "hidden_size": 12, "baseline_size": 8}
@@ -255,7 +257,7 @@ def test_inference_reads_the_guide_out(air, x):
 def test_inference_without_sampling(air, x):
     """Neither chance nor the other images matter, and no pose beside it has a greater density."""
     seen = air.infer(x, sample=False)
-    alone = air.infer((255 * x[2:3]).round().byte().numpy(), sample=False)
+    alone = air.infer((255 * x[2:3]).round().byte(), sample=False)
     for together, single in zip(seen, alone):
         torch.testing.assert_close(together[2:3], single)
     for t in range(3):
@@ -303,12 +305,21 @@ def test_the_best_of_several_looks(x):
         air.infer(x, looks=0)
 
 
-def test_inference_takes_arrays_of_any_layout(air, x):
-    """Also such as are turned or mirrored views of others, which have negative strides."""
-    arrays = x.numpy()[::-1, :, ::-1]
-    for array, tensor in ((arrays, x.flip(0, 2)), (arrays.astype(">f8"), x.flip(0, 2))):
-        expected, actual = air.infer(tensor, sample=False), air.infer(array, sample=False)
-        torch.testing.assert_close(expected.z_where, actual.z_where)
+def test_inference_brings_arrays_to_the_model(air):
+    """By the rule in images.py: of any range, polarity and layout, also turned and mirrored views; and says so."""
+    mask = np.zeros((3, 60, 50), np.uint8)
+    mask[0, 10:30, 20:30] = mask[1, 40:50, 5:25] = 1
+    mask[2] = mask[1, ::-1]
+    canvases = to_canvases([mask], 50).x
+    assert canvases.max() == 255
+    expected = air.infer(to_images(canvases), sample=False)
+    for array in (mask, mask.astype(bool), mask * 255, 4095 * mask.astype(np.uint16), mask[::-1][::-1].astype(">f8")):
+        torch.testing.assert_close(air.infer(array, sample=False).boxes, expected.boxes)
+    with pytest.warns(UserWarning, match="dark objects"):
+        inverted = air.infer(1 - mask, sample=False)  # Interpolating makes edges a little different.
+    torch.testing.assert_close(inverted.boxes, expected.boxes, atol=0.01, rtol=0)
+    with pytest.warns(UserWarning, match="too low to be told from noise"):
+        air.infer(mask + 200)
 
 
 def test_copies(air, x):
@@ -326,6 +337,10 @@ def test_copies(air, x):
         (torch.zeros(2, 64, 64), r"expected \[n, 50, 50\]"),
         (torch.zeros(50, 50), "shape"),
         (255 * torch.ones(1, 50, 50), "outside"),
+        (torch.stack([torch.zeros(50, 50), torch.ones(50, 50)]), "light on black"),
+        (torch.eye(50, dtype=torch.uint8)[None], "light on black"),  # a mask of 0 and 1
+        (np.full((1, 50, 50), np.nan), "NaN"),
+        (np.zeros((50, 50)), "shape"),
     ],
 )
 def test_images_that_are_none(images, error, air):

@@ -79,8 +79,8 @@ def test_few_ordinary_scenes_are_unusual():
 def test_large_images_are_looked_at_few_at_a_time(scenes, monkeypatch):
     """So that memory does not grow with the canvas."""
     air, seen = AIR(image_size=200, look_size=16, hidden_size=16, baseline_size=8), []
-    infer = air.infer
-    monkeypatch.setattr(air, "infer", lambda x, **options: seen.append(len(x)) or infer(x, **options))
+    explain = air.explain
+    monkeypatch.setattr(air, "explain", lambda x, **options: seen.append(len(x)) or explain(x, **options))
     evaluate(air, Scenes(np.zeros((50, 200, 200), np.uint8)))
     assert sum(seen) == 50 and max(seen) * 200**2 <= 500 * 50**2
 

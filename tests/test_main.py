@@ -164,7 +164,7 @@ def test_images_are_known_by_what_they_are(run_main, scenes, monkeypatch, tmp_pa
     assert run_main("--load", "run", "-n", 3).returncode == 0
     monkeypatch.chdir(tmp_path)
     gone = run_main("--load", moved / "run", "-n", 4)
-    assert gone.returncode == 2 and "my.npz; --data names the place of the run's images" in gone.stderr
+    assert gone.returncode == 2 and "my.npz, where the run's images were; --data names their place" in gone.stderr
     assert len(gone.stderr.splitlines()) == 1
     assert run_main("--load", moved / "run", "-n", 4, "--data", moved / "my.npz").returncode == 0
 

@@ -23,6 +23,7 @@ BAD = [
     ("-blr 0", GREATER),
     ("--estimator exact", "invalid choice: 'exact'"),
     ("--estimator traceenum --baseline rnn", "--baseline rnn cannot be combined with traceenum"),
+    ("--baseline none -blr 0.1", "--baseline-learning-rate: there is no baseline"),
     ("--baseline mean", "invalid choice: 'mean'"),
     ("--guide plain", "invalid choice: 'plain'"),
     ("-t 0", GREATER),

@@ -6,7 +6,7 @@ import torch
 from conftest import call
 from PIL import Image
 
-from air import AIR
+from air import AIR, to_images
 from evaluation import Usual
 from images import files_in, largest_objects, to_canvases
 from predict import main, predict
@@ -31,7 +31,7 @@ def one_look(air, monkeypatch):
 
 @pytest.fixture
 def expected(air, scenes):
-    seen = air.infer(scenes.x[:3], sample=False, looks=air.attend.looks)
+    seen = air.infer(to_images(scenes.x[:3]), sample=False, looks=air.attend.looks)
     counts = seen.count_probs.argmax(-1).tolist()
     assert sum(counts) > 2, "otherwise there is hardly a box to compare"
     assert np.ptp(seen.boxes[:, 0].numpy(), axis=0).max() > 3, "otherwise it does not matter what it looks at"
@@ -121,7 +121,7 @@ def test_an_archive_of_images_that_are_no_squares(air, scenes, tmp_path):
     # The same scene in the middle of the model's canvas, its boxes moved up by the 5 rows that are added above.
     square = np.zeros_like(scenes.x[0])
     square[5:45] = x
-    seen = air.infer(square[None], sample=False, looks=5)
+    seen = air.infer(to_images(square[None]), sample=False, looks=5)
     assert alone["count"] == seen.count_probs[0].argmax() > 0
     assert np.allclose(alone["boxes"], seen.boxes[0, : alone["count"]].numpy() - [0, 5, 0, 0], atol=0.05)
 
@@ -133,7 +133,7 @@ def test_more_images_than_are_looked_at_at_once(air, scenes, tmp_path):
         results = list(predict(air, [tmp_path / name]))
         assert [result["index"] for result in results] == list(range(40))
         for i in range(0, 40, 3):
-            seen = air.infer(scenes.x[i : i + 1], sample=False, looks=5)
+            seen = air.infer(to_images(scenes.x[i : i + 1]), sample=False, looks=5)
             count = results[i]["count"]
             assert count == seen.count_probs[0].argmax()
             boxes = np.array(results[i]["boxes"]).reshape(-1, 4)
@@ -146,7 +146,7 @@ def test_what_is_unlike_its_training_is_said(air, scenes, tmp_path):
     (plain,) = predict(air, [tmp_path / "a.png"])
     assert plain.pop("warning") == "all 3 steps were used, there may be more objects (-t)"
     canvas = to_canvases([scenes.x[:1]], 50).x
-    seen = air.infer(canvas, sample=False, looks=5)
+    seen = air.infer(to_images(canvas), sample=False, looks=5)
     assert plain["explained"] == pytest.approx(float(seen.explained)) and plain["elbo"] == pytest.approx(
         float(seen.elbo)
     )
@@ -187,7 +187,7 @@ def test_pages_have_numbers(air, scenes, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     results = list(predict(air, [tmp_path / "pages.tif"], folder=folder))
-    seen = air.infer(scenes.x[:3], sample=False, looks=5)
+    seen = air.infer(to_images(scenes.x[:3]), sample=False, looks=5)
     assert [(result["index"], result["count"]) for result in results] == list(enumerate(seen.counts.tolist()))
     assert sorted(file.name for file in folder.iterdir()) == [f"pages.tif-{i}.png" for i in range(3)]
 
@@ -253,3 +253,29 @@ def test_the_command(run_main, scenes, tmp_path):
     ):
         assert refused.returncode == 2 and error in refused.stderr and len(refused.stderr.splitlines()) == 1
     assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == pictures
+
+
+def test_what_was_found_before_an_interruption_is_kept(air, scenes, tmp_path, monkeypatch):
+    def interrupted(*_):
+        yield {"file": "a.png", "count": 2}
+        raise KeyboardInterrupt
+
+    save_checkpoint(tmp_path / "checkpoint.pt", air)
+    np.savez(tmp_path / "a.npz", x=scenes.x[:1])
+    monkeypatch.setattr("predict.predict", interrupted)
+    finished = call(main, tmp_path / "checkpoint.pt", tmp_path / "a.npz")
+    assert finished.returncode == 130 and json.loads(finished.stdout) == [{"file": "a.png", "count": 2}]
+
+
+def test_a_thin_white_frame_ends_nothing(air, tmp_path):
+    """The rule's border is wider than the frame, which so is no background: in doubt, but counted."""
+    framed = np.full((1, 50, 50), 255, np.uint8)
+    framed[:, 1:-1, 1:-1] = 0
+    framed[:, 20:30, 20:25] = 200
+    np.savez(tmp_path / "framed.npz", x=framed)
+    (result,) = predict(air, [tmp_path / "framed.npz"])
+    assert result["count"] is not None
+    large = np.kron(framed, np.ones((1, 2, 2), np.uint8))[:, 1:-1, 1:-1]
+    np.savez(tmp_path / "framed.npz", x=large)
+    (result,) = predict(AIR(image_size=98), [tmp_path / "framed.npz"])
+    assert "uneven" in result["warning"]

@@ -34,13 +34,16 @@ def load_scenes(args, checkpoint: dict | None, processes: Processes) -> tuple[Sc
 def load_own_scenes(path: Path, args, size: int | None, invert: bool | None) -> tuple[Scenes, Scenes, str]:
     """A user's images: all but the last tenth, that tenth, which is held out, and the checksum of all."""
     if args.load and not path.exists():
-        raise RunError(f"no such file or folder: {path}; --data names the place of the run's images")
+        hint = "--eval-only --data PATH evaluates on all images there" if args.eval_only else "--data names their place"
+        raise RunError(f"no such file or folder: {path}, where the run's images were; {hint}")
     scenes = own_canvases(path, size, invert)
     n = len(scenes.x) // 10
     if n == 0:
         raise DataError(f"--data {path}: too few images to hold out a tenth: {len(scenes.x)}")
     if scenes.counts is not None and (most := scenes.counts.max()) > args.model_steps:
-        raise RunError(f"--model-steps {args.model_steps}: there are images with {most} objects; give -t {most}")
+        raise RunError(
+            f"--model-steps {args.model_steps}: there are images with {most} objects; give -t {most} or more"
+        )
     parts = (
         Scenes(scenes.x[part], None if scenes.counts is None else scenes.counts[part])
         for part in (slice(None, -n), slice(-n, None))

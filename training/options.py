@@ -63,15 +63,38 @@ def make_parser(**options) -> argparse.ArgumentParser:
         **options,
     )
     add = parser.add_argument_group("training").add_argument
-    add("-n", "--num-steps", type=positive(int, 10**9), default=4500, help="training steps, those before resuming too")
-    add("-b", "--batch-size", type=positive(int, 100_000), default=128, help="images per step")
+    add(
+        "-n",
+        "--num-steps",
+        type=positive(int, 10**9),
+        default=4500,
+        metavar="STEPS",
+        help="training steps in all, those before resuming too",
+    )
+    add(
+        "-b",
+        "--batch-size",
+        type=positive(int, 100_000),
+        default=128,
+        metavar="IMAGES",
+        help="images per training step",
+    )
     rate = positive(float, 10**6)
     add("-lr", "--learning-rate", type=rate, default=4e-3, help="largest learning rate of model and guide")
     add("-blr", "--baseline-learning-rate", type=rate, default=4e-3, help="largest learning rate of the baseline")
-    add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", help="sample z_pres, or sum it out")
-    add("--baseline", choices=["rnn", "none"], help="against tracegraph's variance (default: rnn)")
+    add(
+        "--estimator",
+        choices=["tracegraph", "traceenum"],
+        default="tracegraph",
+        help="for the gradient of z_pres: sample it, or sum over it",
+    )
+    add(
+        "--baseline",
+        choices=["rnn", "none"],
+        help="against the variance of tracegraph's gradient (default: rnn; with traceenum none)",
+    )
     add("--seed", type=seed, default=0, help="seed of training; the scenes are the same for all seeds")
-    add("--cuda", action=argparse.BooleanOptionalAction, default=False, help="compute on the GPU")
+    add("--cuda", action=argparse.BooleanOptionalAction, default=False, help="compute on the GPU (default: the CPU)")
 
     add = parser.add_argument_group("model and guide").add_argument
     add(
@@ -79,13 +102,19 @@ def make_parser(**options) -> argparse.ArgumentParser:
         "--model-steps",
         type=positive(int, MAX_STEPS),
         default=3,
-        help="most objects in an image, T; an evaluation may have another",
+        metavar="T",
+        help="most objects to find in an image; an evaluation may allow more",
     )
     add("--guide", choices=["residual", "rnn"], default="residual", help="look at what is left, or the paper's RNN")
 
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST and the scenes are kept")
-    add("--data", type=Path, metavar="PATH", help="your own images, a folder or an .npz; the last tenth is held out")
+    add(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="your own images, a folder or a file; the last tenth is held out (default: multi-MNIST)",
+    )
     add(
         "--invert",
         action=argparse.BooleanOptionalAction,
@@ -95,22 +124,22 @@ def make_parser(**options) -> argparse.ArgumentParser:
         "--object-size",
         type=object_size,
         metavar="SIZE",
-        help="how long an object is, in pixels of the canvas or as a share of it (default: estimated from --data)",
+        help="length of an object, in pixels or as a share of the canvas (default: a digit's; estimated with --data)",
     )
 
     add = parser.add_argument_group("what a run leaves").add_argument
     add("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/<date>-<time>-seed<seed>)")
     steps = {"type": positive(int), "default": 500, "metavar": "STEPS"}
-    add("--eval-every", **steps, help="evaluate on the validation scenes and save the checkpoint")
-    add("--viz-every", **steps, help="draw the pictures")
+    add("--eval-every", **steps, help="how often to evaluate on the validation scenes and save the checkpoint")
+    add("--viz-every", **steps, help="how often to draw the pictures")
     add(
         "--visdom",
         type=visdom,
         default="auto",
         metavar="auto|off|URL",
-        help="show the pictures on a visdom server; auto: if one runs here",
+        help="the visdom server that shows the pictures; auto: if one runs on this machine",
     )
-    add("--visdom-env", type=visdom_env, default="air", metavar="NAME", help="the visdom environment they are in")
+    add("--visdom-env", type=visdom_env, default="air", metavar="NAME", help="the visdom environment of the pictures")
 
     add = parser.add_argument_group("existing runs").add_argument
     add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: resume it")
@@ -178,7 +207,7 @@ def inherit(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint:
         raise CheckpointError(f"{path} is not of a run of this script: it has no {', '.join(sorted(missing))}")
     # Nothing in a file is taken on trust: its flags are parsed as if they had been typed.
     typed = [
-        {True: flag(name), False: f"--no-{flag(name)[2:]}"}.get(flags[name], f"{flag(name)}={flags[name]}")
+        (flag(name) if flags[name] else f"--no-{flag(name)[2:]}")
         if isinstance(flags[name], bool)
         else f"{flag(name)}={flags[name]}"
         for name in names
@@ -236,6 +265,8 @@ def check(args) -> None:
         raise UsageError("--baseline rnn cannot be combined with traceenum, which samples no z_pres")
     if args.baseline is None:
         args.baseline = "none" if args.estimator == "traceenum" else "rnn"
+    if args.baseline == "none" and args.baseline_learning_rate != make_parser().get_default("baseline_learning_rate"):
+        raise UsageError("--baseline-learning-rate: there is no baseline")
     # A run's own checkpoint, not a copy or link of it somewhere else, is resumed where it is.
     own = args.load and args.load.name == "checkpoint.pt" and not args.load.is_symlink()
     own = own and is_run_folder(args.load.parent)

@@ -67,7 +67,7 @@ class Pictures:
 
 def connect(visdom: str, env: str, folder: Path):
     """The dashboard, or None if there is none and none was asked for by its URL. Raises RunError as above."""
-    import viz  # only when it is used: matplotlib and visdom take seconds to import
+    import viz  # only when it is used: matplotlib takes a second to import
 
     url = "http://localhost:8097" if visdom == "auto" else visdom
     try:

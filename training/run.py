@@ -1,6 +1,6 @@
 """A training run: its progress, its folder, and what ends it.
 
-The folder has `config.json`, `metrics.jsonl`, `checkpoint.pt` and a lock. Files are replaced at once or
+The folder has `config.json`, `metrics.jsonl`, `checkpoint.pt`, the pictures and a lock. Files are replaced at once or
 not at all, so that a run that is killed at any moment can be resumed.
 """
 
@@ -94,7 +94,7 @@ class Run:
     # ------------------------------------------------------------------------------- the loop
 
     def mini_batches(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Mini-batches of floats, drawn from the images `x` (uint8 or floats), until the last step or a stop signal."""
+        """Mini-batches of floats, drawn from the images `x`, uint8, until the last step or a stop signal."""
         n, size = self.args.num_steps, self.args.batch_size // self.processes.world_size
         bar = tqdm(
             total=n,
