@@ -61,7 +61,7 @@ def train(args, checkpoint: dict | None) -> None:
     svi, adam = make_svi(air, args.estimator, processes)
     pyro.enable_validation(False)  # Its checks of every distribution take time; tests leave them on.
 
-    def look(split: str, scenes: Scenes, record: bool, draw: bool) -> dict | None:
+    def evaluate_and_draw(split: str, scenes: Scenes, record: bool, draw: bool) -> dict | None:
         """Evaluate on `scenes`; note it in metrics.jsonl, draw the pictures, or both."""
         if not processes.is_main or not (record or draw):
             return None
@@ -75,7 +75,7 @@ def train(args, checkpoint: dict | None) -> None:
         return line
 
     with Run(args, air, adam, processes, data_sha256, checkpoint) as run:
-        look("validation", validation_scenes, record=False, draw=run.step == 0)
+        evaluate_and_draw("validation", validation_scenes, record=False, draw=run.step == 0)
 
         for x in run.mini_batches(train_x):
             rate = schedule(run.step, args.num_steps)
@@ -85,15 +85,15 @@ def train(args, checkpoint: dict | None) -> None:
             run.finish_step(svi.step(x))
 
             evaluation_is_due, pictures_are_due = run.is_due(args.eval_every), run.is_due(args.viz_every)
-            look("validation", validation_scenes, record=evaluation_is_due, draw=pictures_are_due)
+            evaluate_and_draw("validation", validation_scenes, record=evaluation_is_due, draw=pictures_are_due)
             if evaluation_is_due:
                 run.save()
 
         if processes.should_stop:
-            look("validation", validation_scenes, record=False, draw=True)
+            evaluate_and_draw("validation", validation_scenes, record=False, draw=True)
             run.exit_on_signal()
         processes.close()
-        result = look("test", test_scenes, record=True, draw=True)
+        result = evaluate_and_draw("test", test_scenes, record=True, draw=True)
     if result:
         print(summary(result, run.folder))
 

@@ -88,7 +88,7 @@ def report(air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray, nu
     scenes: with labels and boxes. digits, classes: what to compose further scenes of, see `compose`.
     num_steps: T, where there are more digits than in training.
     """
-    seen = look(air, scenes.x)
+    seen = infer_all(air, scenes.x)
     pairs = match(seen.boxes, seen.counts, scenes.boxes, scenes.counts)
     measured = {"counting": counting(air, scenes), "localisation": localisation(seen, pairs, scenes)}
     measured["representation"] = representation(air, digits, classes)
@@ -96,7 +96,7 @@ def report(air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray, nu
     return measured, pictures | disentangling(air, seen, pairs, scenes)
 
 
-def look(air: AIR, x: np.ndarray, num_steps: int | None = None, looks: int | None = None) -> Inference:
+def infer_all(air: AIR, x: np.ndarray, num_steps: int | None = None, looks: int | None = None) -> Inference:
     """One sample of the guide for all images, as arrays; or the best of so many looks, without sampling."""
     device, batch_size = next(air.parameters()).device, default_batch_size(air, num_steps or air.num_steps)
     batches = []
@@ -217,7 +217,7 @@ def representation(air: AIR, digits: np.ndarray, classes: np.ndarray) -> dict:
 
 def features(air: AIR, scenes: Scenes) -> dict:
     """For each task the right answers and what a probe is given, from scenes of two digits each."""
-    seen = look(air, scenes.x)
+    seen = infer_all(air, scenes.x)
     pairs = match(seen.boxes, seen.counts, scenes.boxes, scenes.counts)
     at = pairs.scene, pairs.step
     objects = {"codes": seen.z_what_mean[at], "pixels": seen.x_att[at].reshape(len(pairs.scene), air.window_size**2)}
@@ -252,7 +252,7 @@ def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray, num_steps:
     """
     n, columns, measured, pictures, looks = UNUSUAL, 10, {"more_digits": []}, {}, air.attend.looks
     any_number = compose(digits, classes, 2 * columns, np.random.default_rng(0), air.image_size, 5)
-    pictures[UNSEEN] = drawn(any_number, look(air, any_number.x, num_steps, looks), 2 * columns)
+    pictures[UNSEEN] = drawn(any_number, infer_all(air, any_number.x, num_steps, looks), 2 * columns)
     for digits_in_it in (3, 4, 5):
         rng = np.random.default_rng(digits_in_it)
         scenes = compose(digits, classes, n, rng, air.image_size, digits_in_it, min_digits=digits_in_it)
@@ -273,7 +273,7 @@ def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray, num_steps:
 
 def count(air: AIR, scenes: Scenes, num_steps: int | None = None) -> tuple[dict, Inference]:
     """How often the count is right, in one sample and in the best of several looks; and what these saw."""
-    seen, best = look(air, scenes.x, num_steps), look(air, scenes.x, num_steps, air.attend.looks)
+    seen, best = infer_all(air, scenes.x, num_steps), infer_all(air, scenes.x, num_steps, air.attend.looks)
     accuracy, of_looks = (mean(counts == scenes.counts) for counts in (seen.counts, best.counts))
     measured = {
         "images": len(scenes.x),
