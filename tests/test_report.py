@@ -151,7 +151,7 @@ def test_probes_tell_what_is_there_from_what_is_not(scenes, digits, monkeypatch)
         known[len(made.x)] = (made.labels, made.boxes, made.counts)
         return made
 
-    monkeypatch.setattr(report, "look", look)
+    monkeypatch.setattr(report, "infer_all", look)
     monkeypatch.setattr(report, "compose", compose)
     order = np.arange(60).reshape(2, 30).T.ravel()  # all ten classes among every second of them
     measured = report.representation(AIR(), *(part[order] for part in digits))
