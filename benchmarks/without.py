@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import evaluation
 import main
 from air import AIR
 from modules import ResidualAttention
@@ -41,14 +42,15 @@ def mean_place(self, residual):
     return torch.stack([weight.sum(-2) @ self.centres, weight.sum(-1) @ self.centres], -1)
 
 
-# name: (object, attribute, what it is replaced by)
+# name: (object, attribute, what it is replaced by), ..
 PARTS = {
-    "gains": (AIR, "model", one_likelihood),
-    "prior": (main, "count_ratio", lambda *_: 1.0),
-    "exploration": (main, "AIR", partial(AIR, exploration=0.0)),
-    "thickening": (ResidualAttention, "residual", lambda self, x, canvas: (x - canvas.detach()).clamp(min=0)),
-    "place": (ResidualAttention, "place", mean_place),
-    "clipping": (main, "make_svi", partial(main.make_svi, clip=False)),
+    # How well the baseline predicts gains cannot be measured without them.
+    "gains": [(AIR, "model", one_likelihood), (evaluation, "baseline_r2", lambda *_: None)],
+    "prior": [(main, "count_ratio", lambda *_: 1.0)],
+    "exploration": [(main, "AIR", partial(AIR, exploration=0.0))],
+    "thickening": [(ResidualAttention, "residual", lambda self, x, canvas: (x - canvas.detach()).clamp(min=0))],
+    "place": [(ResidualAttention, "place", mean_place)],
+    "clipping": [(main, "make_svi", partial(main.make_svi, clip=False))],
 }
 
 if __name__ == "__main__":
@@ -56,5 +58,6 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of main.py")
     args = parser.parse_args()
-    setattr(*PARTS[args.part])
+    for replacement in PARTS[args.part]:
+        setattr(*replacement)
     main.main(args.flags)

@@ -109,8 +109,8 @@ def test_seeds_of_whole_runs(data_dir, tmp_path, monkeypatch, capsys):
 
 def test_without_a_part(data_dir, tmp_path, monkeypatch):
     """There is such a part, the likelihood in one piece is the same density, and a run goes without."""
-    for where, name, _ in without.PARTS.values():
-        assert hasattr(where, name)
+    for replacements in without.PARTS.values():
+        assert all(hasattr(where, name) for where, name, _ in replacements)
 
     air, x = AIR(num_steps=2).eval(), torch.rand(5, 50, 50)
     guide, model = air.traces(x)
@@ -123,7 +123,7 @@ def test_without_a_part(data_dir, tmp_path, monkeypatch):
     assert x_and_y.tolist() == pytest.approx([2 * 35.5 / 50 - 1, 2 * 15.5 / 50 - 1])
 
     own = ["--", "-n", "2", "-b", "8", "--data-dir", str(data_dir)]
-    flags = ["--whole", "--seeds", "0", "--without", "thickening", "--out", str(tmp_path), *own]
+    flags = ["--whole", "--seeds", "0", "--without", "gains", "--out", str(tmp_path), *own]
     monkeypatch.setattr(sys, "argv", ["seeds.py", *flags])
     seeds.main()
     monkeypatch.setattr(sys, "argv", ["seeds.py", *flags[:3], "--out", str(tmp_path / "all"), *own])
