@@ -346,7 +346,7 @@ class AIR(nn.Module):
             for remark in canvases.remarks:
                 warnings.warn(remark, stacklevel=2)
             return self.explain(to_images(canvases.x), sample, num_steps, looks)
-        x = to_images(x)
+        x = to_images(x, self.z_where_loc.device)
         if x.shape[1:] != (self.image_size, self.image_size) or not x.numel():
             raise ValueError(f"images have shape {list(x.shape)}, expected [n, {self.image_size}, {self.image_size}]")
         if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
