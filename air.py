@@ -404,11 +404,11 @@ class AIR(nn.Module):
         )
 
 
-def to_images(x, device="cpu") -> Tensor:
+def to_images(x, device=None) -> Tensor:
     """Images, a tensor or an array, as the model takes them: uint8 becomes floats in [0, 1]."""
     if isinstance(x, np.ndarray):
         x = np.ascontiguousarray(x, x.dtype.newbyteorder("="))  # PyTorch takes no other byte order or negative strides.
-    x = torch.as_tensor(x).to(device)
+    x = torch.as_tensor(x, device=device)
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 

@@ -12,7 +12,7 @@ from pyro.infer import SVI, TraceGraph_ELBO
 from torch import nn
 
 import evaluation
-from air import AIR
+from air import AIR, to_images
 from training.svi import StaticTraceGraph_ELBO, clip_gradient, count_ratio, make_svi, schedule
 
 SMALL = {"image_size": 50, "window_size": 9, "z_what_size": 4, "rnn_size": 16, "hidden_size": 12, "baseline_size": 8}
@@ -220,7 +220,7 @@ def test_a_step_and_an_evaluation_on_a_device_that_is_not_the_cpu(left_behind, e
         return
     for step in range(2):
         air.set_count_prior(count_ratio(step, 2))
-        svi.step(torch.rand(4, 50, 50, device="meta"))
+        svi.step(to_images(torch.zeros(4, 50, 50, dtype=torch.uint8, device="meta")))
     moments = [value for state in adam.state.values() for value in state.values() if value.ndim]
     assert len(moments) == 2 * len(list(air.parameters())) and {m.device.type for m in moments} == {"meta"}
     assert evaluation.evaluate(air, scenes).metrics["images"] == 200
