@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # Two tests run side by side; also for the processes that they start.
+os.environ.pop("PYTHONUNBUFFERED", None)  # With it, what cannot be written is forgotten at once.
 torch.set_num_threads(1)
 # A suite that a script has put into the background was told to ignore Ctrl-C; the runs that it interrupts must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,6 +6,7 @@ not at all, so that a run that is killed at any moment can be resumed.
 
 import json
 import math
+import os
 import platform
 import re
 import signal
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ class Run:
             return
         self.lock.release()
         if error and not isinstance(error, SystemExit) and (self.folder / "checkpoint.pt").exists():
-            with suppress(BrokenPipeError):
+            with perhaps_unread():
                 print(f"--load {self.folder} resumes from the last checkpoint", file=sys.stderr)
 
     # ------------------------------------------------------------------------------- the loop
@@ -105,7 +106,7 @@ class Run:
             disable=not self.processes.is_main,
         )
         # Ctrl-C ends the reader of `2>&1 | tee log` as well.
-        with suppress(BrokenPipeError), stop_signals(self.processes), bar as self.bar:
+        with perhaps_unread(), stop_signals(self.processes), bar as self.bar:
             while self.step < n and not self.processes.should_stop:
                 self.started = time.perf_counter()
                 yield to_images(x[torch.randint(len(x), (size,), device=x.device)])
@@ -217,9 +218,21 @@ class Run:
         self.processes.barrier()  # torchrun ends all others as soon as one has ended.
         number = self.processes.stop_signal or signal.SIGTERM  # The other processes were told by the one that was.
         if self.processes.is_main:
-            with suppress(BrokenPipeError):
+            with perhaps_unread():
                 print(f"{number.name} after step {self.step}: --load {self.folder} resumes from here", file=sys.stderr)
         sys.exit(128 + number)
+
+
+@contextmanager
+def perhaps_unread() -> Iterator[None]:
+    """Within it, stderr may have lost its reader; what is written there from then on is dropped.
+
+    Otherwise Python, which flushes stderr at its end, would end with status 120.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @contextmanager
