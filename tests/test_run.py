@@ -62,12 +62,18 @@ def wait_until(run, folder, step):
         time.sleep(0.005)
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LONG = [(300, flags) for flags in (("traceenum",), ("tracegraph",))]
 
 
 @pytest.mark.parametrize(
     "n, flags",
-    [(60, ("traceenum",)), (60, ("tracegraph",)), *(pytest.param(*long, marks=pytest.mark.slow) for long in LONG)],
+    [
+        (60, ("traceenum",)),
+        (60, ("tracegraph",)),
+        pytest.param(60, ("tracegraph", "--cuda"), marks=NEEDS_GPU),
+        *(pytest.param(*long, marks=pytest.mark.slow) for long in LONG),
+    ],
 )
 def test_resuming_is_exact(n, flags, start, run_main, tmp_path):
     """Interrupted by signals after about a third and two thirds of its steps, a run ends bit for bit as without."""

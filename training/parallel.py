@@ -45,6 +45,7 @@ class Processes:
         self.stop_signal, self.should_stop = None, False
         if cuda:
             torch.cuda.set_device(self.device)
+            torch.backends.cudnn.deterministic = True  # A run is resumed to the bit.
             # A lost process then raises an error here; otherwise PyTorch would abort without a word of ours.
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         self._call(dist.init_process_group, "nccl" if cuda else "gloo", None, TIMEOUT)
