@@ -233,28 +233,26 @@ def ink_boxes(patches: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------- the files
 
 
-def load_split(split: str, data_dir="data", n=None, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, seed=0) -> Scenes:
+def load_split(split: str, data_dir="data") -> Scenes:
     """The scenes of a split ("train", "validation" or "test"), from the cache or made anew.
 
-    The cache is `data_dir/multi_mnist-<split>.npz`; it is used only if it was made with these very
-    parameters and its arrays have the checksum that was stored with them.
+    The cache is `data_dir/multi_mnist-<split>.npz`; it is used only if it was made by these very rules and its arrays
+    have the checksum that was stored with them.
     """
-    key = cache_key(split, n, canvas_size, max_digits, seed)
-    path = Path(data_dir) / f"multi_mnist-{split}.npz"
+    path, key = Path(data_dir) / f"multi_mnist-{split}.npz", cache_key(split)
     scenes = read_cache(path, key)
     if scenes is None:
-        train, part, _ = SPLITS[split]
+        train, part, n = SPLITS[split]
         digits, classes = load_digits(train, data_dir)
-        rng = np.random.default_rng([seed, list(SPLITS).index(split)])
-        scenes = compose(digits[part], classes[part], key["n"], rng, canvas_size, max_digits)
+        scenes = compose(digits[part], classes[part], n, np.random.default_rng([0, list(SPLITS).index(split)]))
         write_cache(path, scenes, key)
     return scenes
 
 
-def cache_key(split: str, n=None, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, seed=0) -> dict:
+def cache_key(split: str) -> dict:
     """All that a split's scenes depend on; `version` counts the changes of the rule in this file."""
-    n = SPLITS[split][2] if n is None else n
-    return {"version": 1, "split": split, "n": n, "canvas_size": canvas_size, "max_digits": max_digits, "seed": seed}
+    rule = {"canvas_size": CANVAS_SIZE, "max_digits": MAX_DIGITS, "seed": 0}
+    return {"version": 1, "split": split, "n": SPLITS[split][2]} | rule
 
 
 def read_cache(path: Path, key: dict) -> Scenes | None:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,11 +35,11 @@ from training.checkpoint import build_air, read_checkpoint, write_file
 from training.options import UsageError, one_line_errors, positive
 from training.run import is_run_folder, write_text
 
-INK = 0.2  # the least brightness of a painted pixel that counts as ink
+PAINTED = 0.2  # the least brightness of a painted pixel that counts as ink
 SIZES = (12, 16, 19, 21, 24, 28, 32)  # pixels; an ordinary digit is drawn 18 to 26 pixels wide
 PROBED = (5000, 2000)  # scenes that a probe is trained and tested on
 ITERATIONS = {"linear": 100, "mlp": 30}  # that a probe is given
-UNUSUAL = 1000  # scenes of each unusual kind
+UNLIKE = 1000  # scenes of each kind that it was not trained on
 UNSEEN = "0 to 5 digits: true count → inferred"
 PEERS = {"elbo": 627.4, "bound": 636.8}  # of addtt/attend-infer-repeat-pytorch, by its README
 
@@ -177,7 +178,7 @@ def localisation(seen: Inference, pairs: Pairs, scenes: Scenes) -> dict:
 def painted_boxes(y_att: np.ndarray, windows: np.ndarray) -> np.ndarray:
     """The boxes `[n, 4]` around the ink of painted objects `[n, w, w]`, given their windows; without ink the window."""
     boxes, size = windows.copy(), y_att.shape[-1]
-    for axis, ink in ((0, (y_att > INK).any(1)), (1, (y_att > INK).any(2))):
+    for axis, ink in ((0, (y_att > PAINTED).any(1)), (1, (y_att > PAINTED).any(2))):
         first, last = ink.argmax(1), size - ink[:, ::-1].argmax(1)
         some = ink.any(1)
         boxes[some, axis] += (windows[:, 2 + axis] * first / size)[some]
@@ -250,16 +251,12 @@ def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray, num_steps:
 
     The pictures show the best of several looks.
     """
-    n, columns, measured, pictures, looks = UNUSUAL, 10, {"more_digits": []}, {}, air.attend.looks
+    n, columns, measured, pictures, looks = UNLIKE, 10, {"more_digits": []}, {}, air.attend.looks
     any_number = compose(digits, classes, 2 * columns, np.random.default_rng(0), air.image_size, 5)
     pictures[UNSEEN] = drawn(any_number, infer_all(air, any_number.x, num_steps, looks), 2 * columns)
-    for digits_in_it in (3, 4, 5):
-        rng = np.random.default_rng(digits_in_it)
-        scenes = compose(digits, classes, n, rng, air.image_size, digits_in_it, min_digits=digits_in_it)
-        for steps in (air.num_steps, num_steps) if digits_in_it == 3 else (num_steps,):
-            counted, best = count(air, scenes, steps)
-            measured["more_digits"].append({"digits": digits_in_it, "steps": steps} | counted)
-        pictures[f"{digits_in_it} digits: true count → inferred"] = drawn(scenes, best, columns)
+    for scenes, counted, best in more_digits(air, digits, classes, num_steps):
+        measured["more_digits"].append(counted)
+        pictures[f"{counted['digits']} digits: true count → inferred"] = drawn(scenes, best, columns)
     measured["sizes"] = []
     for size in SIZES:
         shrink = (DIGIT_SIZE / (size + 0.5), 0.0)  # `compose` rounds down
@@ -269,6 +266,17 @@ def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray, num_steps:
         if size in (SIZES[0], SIZES[-1]):
             pictures[f"digits of {size} pixels: true count → inferred"] = drawn(scenes, best, columns)
     return measured, pictures
+
+
+def more_digits(air: AIR, digits: np.ndarray, classes: np.ndarray, num_steps: int) -> Iterator[tuple]:
+    """Scenes of three, four and five digits each, how they are counted, and what the best of several looks saw.
+
+    Those of three are also counted with T as in training.
+    """
+    for n, steps in ((3, air.num_steps), (3, num_steps), (4, num_steps), (5, num_steps)):
+        scenes = compose(digits, classes, UNLIKE, np.random.default_rng(n), air.image_size, n, min_digits=n)
+        counted, best = count(air, scenes, steps)
+        yield scenes, {"digits": n, "steps": steps} | counted, best
 
 
 def count(air: AIR, scenes: Scenes, num_steps: int | None = None) -> tuple[dict, Inference]:
@@ -379,8 +387,8 @@ def page(title: str, measured: dict, pictures: dict) -> str:
         "<h2>Where</h2><p>The inferred objects of a scene are matched with its true ones, as many as can be, those "
         "that overlap most (IoU: the boxes' intersection over their union); the means are over these pairs, and leave "
         "out missed digits and surplus objects. The true box is the tightest one around a digit's ink. A window is a "
-        f"square around it; the box called ink is the tightest one around the pixels brighter than {INK} of what is "
-        "painted in the window (if there are none, the window).</p>",
+        f"square around it; the box called ink is the tightest one around the pixels brighter than {PAINTED} of what "
+        "is painted in the window (if there are none, the window).</p>",
         table(
             [
                 "",

@@ -92,8 +92,9 @@ def test_splits_share_no_digit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(multi_mnist, "load_digits", load_digits)
     used = {}
-    for split in multi_mnist.SPLITS:
-        labels = load_split(split, tmp_path, n=2000).labels
+    for split, (train, part, _) in multi_mnist.SPLITS.items():
+        monkeypatch.setitem(multi_mnist.SPLITS, split, (train, part, 2000))
+        labels = load_split(split, tmp_path).labels
         used[split] = set(labels[labels >= 0])
     assert used["train"] <= set(range(50_000)) and max(used["train"]) > 49_000
     assert used["validation"] <= set(range(50_000, 60_000))
@@ -109,18 +110,21 @@ def test_cache_is_used_only_if_it_fits(tmp_path, digits, monkeypatch, capsys):
 
     monkeypatch.setattr(multi_mnist, "load_digits", load_digits)
     path = tmp_path / "multi_mnist-test.npz"
-    first = load_split("test", tmp_path, n=20)
-    assert multi_mnist.digest(load_split("test", tmp_path, n=20)) == multi_mnist.digest(first)
+
+    def load(n=20):
+        monkeypatch.setitem(multi_mnist.SPLITS, "test", (False, slice(None), n))
+        return load_split("test", tmp_path)
+
+    first = load()
+    assert multi_mnist.digest(load()) == multi_mnist.digest(first)
     assert len(made) == 1  # the second came from the cache
-    load_split("test", tmp_path, n=21)
-    load_split("test", tmp_path, n=20)
-    load_split("test", tmp_path, n=20, canvas_size=60)
-    load_split("test", tmp_path, n=20)
-    assert len(made) == 5 and "other parameters" in capsys.readouterr().err
+    load(21)
+    load()
+    assert len(made) == 3 and "other parameters" in capsys.readouterr().err
     intact = path.read_bytes()
     for damage in (intact[: len(intact) // 2], intact[:5000] + b"?" + intact[5001:], b"", b"hello"):
         path.write_bytes(damage)
-        load_split("test", tmp_path, n=20)
+        load()
         assert "damaged" in capsys.readouterr().err
         assert path.read_bytes() == intact
     # Arrays that were changed and saved again have intact checksums of their own, but not ours.
@@ -128,7 +132,7 @@ def test_cache_is_used_only_if_it_fits(tmp_path, digits, monkeypatch, capsys):
         arrays = dict(file)
     arrays["counts"] = arrays["counts"][::-1]
     np.savez(path, **arrays)
-    load_split("test", tmp_path, n=20)
+    load()
     assert path.read_bytes() == intact
     with np.load(path, allow_pickle=False) as file:
         assert json.loads(str(file["rule"]))["n"] == 20

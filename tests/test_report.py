@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import report
 import torch
+import unseen
 from conftest import call
 
 import multi_mnist
@@ -71,7 +72,7 @@ def test_boxes_that_are_right_are_found_right(scenes):
 def test_ink_boxes_of_painted_objects(digits):
     patches = digits[0] / 255 * 0.9
     windows = np.tile([3.0, 5.0, 28.0, 28.0], (len(patches), 1))
-    expected = multi_mnist.ink_boxes((patches > report.INK).astype(np.uint8)) + [3, 5, 0, 0]
+    expected = multi_mnist.ink_boxes((patches > report.PAINTED).astype(np.uint8)) + [3, 5, 0, 0]
     assert np.allclose(report.painted_boxes(patches, windows), expected)
     assert np.allclose(report.painted_boxes(0 * patches, windows), windows)
 
@@ -93,7 +94,7 @@ def test_report(run_main, digits, monkeypatch, tmp_path):
     """All of it, after a run of a few steps."""
     monkeypatch.setattr(report, "load_digits", lambda *_: digits)
     monkeypatch.setattr(report, "PROBED", (100, 60))
-    monkeypatch.setattr(report, "UNUSUAL", 40)
+    monkeypatch.setattr(report, "UNLIKE", 40)
     folder = tmp_path / "run"
     assert run_main("-n", 4, "-b", 8, "--visdom", "off", "--out", folder).returncode == 0
     reported = call(report.main, folder)
@@ -117,12 +118,17 @@ def test_report(run_main, digits, monkeypatch, tmp_path):
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 8 and "None" not in page and "nan" not in page.split("base64,")[0]
 
+    monkeypatch.setattr(unseen, "load_digits", lambda *_: digits)
+    table = call(unseen.main, folder, folder / "checkpoint.pt").stdout.splitlines()
+    assert len(table) == 6 and table[2].split(" | ")[1:] == table[3].split(" | ")[1:]
+    assert table[2].split(" | ")[3].split()[0] == f"{more[2]['count_accuracy']:.1%}"
+
     assert call(report.main, folder / "checkpoint.pt").stderr.endswith("is not the folder of a run\n")
 
 
 def test_an_air_that_finds_nothing(digits, scenes, monkeypatch):
     monkeypatch.setattr(report, "PROBED", (20, 10))
-    monkeypatch.setattr(report, "UNUSUAL", 10)
+    monkeypatch.setattr(report, "UNLIKE", 10)
     air = AIR()
     with torch.no_grad():
         air.attend.present[-1].bias[0] = -500
