@@ -1,6 +1,6 @@
 """What the choice of a gradient estimator costs and gains: noise, time, and how soon AIR can count.
 
-    python benchmarks/estimators.py            # five seeds of each: hours
+    python benchmarks/estimators.py            # five seeds of each, 1,500 steps: an hour on one core
     python benchmarks/estimators.py --quick    # a smoke run: minutes, and its numbers mean nothing
 
 Every estimator is trained with every seed, by main.py, in runs/estimators. A run that is there is
@@ -32,7 +32,6 @@ from seeds import train_until
 from air import AIR, to_images
 from multi_mnist import load_split
 from training.checkpoint import read_checkpoint
-from training.options import make_parser
 from training.run import read_metrics
 from training.svi import count_ratio, make_svi
 
@@ -150,14 +149,22 @@ def draw(runs: dict, noises: dict, path: Path) -> None:
 def main():
     parser = argparse.ArgumentParser(description="Compare the gradient estimators.")
     add = parser.add_argument
-    add("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS), metavar="NAME")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED")
-    add("-n", "--num-steps", type=int, default=make_parser().get_default("num_steps"))
-    add("-b", "--batch-size", type=int, default=make_parser().get_default("batch_size"))
-    add("--eval-every", type=int, default=100)
-    add("--draws", type=int, default=100, help="gradients from which their noise is estimated")
-    add("--data-dir", type=Path, default=Path("data"))
-    add("--out", type=Path, default=Path("runs/estimators"))
+    names = ", ".join(f'"{name}"' for name in ESTIMATORS)
+    add(
+        "--estimators",
+        nargs="+",
+        choices=ESTIMATORS,
+        default=list(ESTIMATORS),
+        metavar="NAME",
+        help=f"(default: {names})",
+    )
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED", help="(default: 0 to 4)")
+    add("-n", "--num-steps", type=int, default=1500, help="of each run (default: %(default)s)")
+    add("-b", "--batch-size", type=int, default=128, metavar="IMAGES", help="(default: %(default)s)")
+    add("--eval-every", type=int, default=100, metavar="STEPS", help="(default: %(default)s)")
+    add("--draws", type=int, default=100, help="gradients from which their noise is estimated (default: %(default)s)")
+    add("--data-dir", type=Path, default=Path("data"), help="where MNIST and the scenes are kept (default: data)")
+    add("--out", type=Path, default=Path("runs/estimators"), help="(default: runs/estimators)")
     add("--quick", action="store_true", help="smoke run: one seed, 600 steps, 5 draws, in a folder of its own")
     args = parser.parse_args()
     if args.quick:

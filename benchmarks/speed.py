@@ -205,9 +205,9 @@ def images(n, size, device):
 
 def main():
     parser = argparse.ArgumentParser(description="How fast AIR trains and infers.")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=10, help="times the versions take turns")
-    parser.add_argument("--steps", type=int, default=10, help="steps a turn")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="times the versions take turns (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="steps a turn (default: %(default)s)")
     parser.add_argument("--cuda", action="store_true", help="on the GPU")
     parser.add_argument("--all", action="store_true", help="also inference, memory and growth; takes some minutes")
     args = parser.parse_args()

@@ -55,12 +55,16 @@ def overlap(a: float, b: float, width_a: float, width_b: float) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make scenes of filled shapes.")
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, metavar="FILE", help="an .npz, for main.py --data FILE")
     parser.add_argument("-n", type=int, default=30_000, help="scenes (default: %(default)s)")
-    parser.add_argument("--shapes", type=int, nargs=2, default=(0, 3), metavar=("LEAST", "MOST"), help="in a scene")
-    parser.add_argument("--canvas", type=int, default=64, metavar="PIXELS", help="(default: %(default)s)")
-    parser.add_argument("--width", type=int, nargs=2, default=(12, 20), metavar=("LEAST", "MOST"), help="in pixels")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shapes", type=int, nargs=2, default=(0, 3), metavar=("LEAST", "MOST"), help="in a scene (default: 0 3)"
+    )
+    parser.add_argument("--canvas", type=int, default=64, metavar="PIXELS", help="a side (default: %(default)s)")
+    parser.add_argument(
+        "--width", type=int, nargs=2, default=(12, 20), metavar=("LEAST", "MOST"), help="in pixels (default: 12 20)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
     args = parser.parse_args()
     least, most = args.shapes
     if args.file.suffix != ".npz" or args.n < 1 or not 0 <= least <= most:

@@ -96,7 +96,8 @@ def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scen
     assert "--model-steps 4: the loaded run has 3" in error("-t", 4)
     assert "--baseline none: the loaded run has rnn" in error("--baseline", "none")
     assert "already at step 6" in error("-n", 5)
-    assert "cannot be combined with" in error("--eval-only", "--out", tmp_path / "out")
+    for useless in (("--out", tmp_path / "out"), ("-n", 7), ("--visdom", "off"), ("--viz-every", 3)):
+        assert "cannot be combined with --eval-only" in error("--eval-only", *useless)
     save_checkpoint(tmp_path / "only_parameters.pt", AIR())
     assert "not of a run of this script" in error("--load", tmp_path / "only_parameters.pt")
     # A run on a GPU does not silently go on without one.

@@ -33,6 +33,8 @@ FROZEN_ON_RESUME = (
 )
 # What a resumed run has too, if it is not told otherwise.
 INHERITED_ON_RESUME = ("num_steps", "eval_every", "viz_every", "cuda", "data", "data_dir")
+# What makes a difference to --eval-only.
+EVALUATION = ("load", "eval_only", "cuda", "model_steps", "data", "data_dir", "invert")
 
 
 class UsageError(Exception):
@@ -48,7 +50,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
         if args.load:
             checkpoint, path = read_checkpoint(args.load)
             args = inherit(parser, argv, checkpoint, path)
-        check(args)
+        check(args, parser)
     except (CheckpointError, UsageError, ValueError) as error:  # ValueError: a path that cannot be one
         parser.error(one_line(error))
     return args, checkpoint
@@ -240,7 +242,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def check(args) -> None:
+def check(args, parser: argparse.ArgumentParser) -> None:
     """Everything that can be known to be wrong before work starts. Fills in --out."""
     world_size, _, local_rank = launched()
     if args.cuda and not torch.cuda.is_available():
@@ -256,8 +258,9 @@ def check(args) -> None:
     if args.eval_only:
         if not args.load:
             raise UsageError("--eval-only needs --load")
-        if args.out:
-            raise UsageError("--out cannot be combined with --eval-only, which writes no file")
+        for name, value in vars(args).items():
+            if name not in EVALUATION and value != parser.get_default(name):
+                raise UsageError(f"{flag(name)} cannot be combined with --eval-only")
         if world_size > 1:
             raise UsageError("--eval-only cannot be combined with torchrun")
         return
@@ -265,7 +268,7 @@ def check(args) -> None:
         raise UsageError("--baseline rnn cannot be combined with traceenum, which samples no z_pres")
     if args.baseline is None:
         args.baseline = "none" if args.estimator == "traceenum" else "rnn"
-    if args.baseline == "none" and args.baseline_learning_rate != make_parser().get_default("baseline_learning_rate"):
+    if args.baseline == "none" and args.baseline_learning_rate != parser.get_default("baseline_learning_rate"):
         raise UsageError("--baseline-learning-rate: there is no baseline")
     # A run's own checkpoint, not a copy or link of it somewhere else, is resumed where it is.
     own = args.load and args.load.name == "checkpoint.pt" and not args.load.is_symlink()
