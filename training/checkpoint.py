@@ -36,7 +36,7 @@ def save_checkpoint(path, air: AIR, **others) -> None:
     """Write the parameters, what is needed to build the same AIR, and `others` (tensors and plain values)."""
     content = io.BytesIO()
     torch.save({"air": air.config, "parameters": air.state_dict(), **others}, content)
-    write_file(path, content.getbuffer())
+    write_file(path, content.getvalue())
 
 
 def load_air(path) -> AIR:
