@@ -6,8 +6,7 @@ The guide undoes that: object by object, it attends to a place in the image, dec
 is there, and encodes the crop.
 
 There are two guides of one interface (`AIR(guide=..)`): "rnn" is the paper's, "residual" looks at what
-the canvas does not explain yet, and has no memory (see `modules.py`). What differs from the paper's
-description besides; the generative model's structure is the same:
+the canvas does not explain yet, and has no memory (see `modules.py`). Other differences from the paper:
 
 - The log-likelihood is written as a sum of what each object adds to it (see `AIR.model`): the same
   density, but `TraceGraph_ELBO` then sees that a choice does not affect what came before it.

@@ -1,7 +1,7 @@
 """Train Attend, Infer, Repeat on multi-MNIST, so that it learns to count without being told how.
 
 python main.py                                        # train, evaluate, draw
-python main.py --cuda                                 # the same on a GPU
+python main.py --cuda -b 1024 -n 1500                 # on a GPU, where larger mini-batches take no more time
 python main.py --data my-images/                       # with images of your own
 python main.py --load runs/NAME                       # resume a run that was interrupted
 python main.py --load runs/NAME --eval-only           # evaluate it on the test scenes
@@ -99,7 +99,7 @@ def train(args, checkpoint: dict | None) -> None:
 
 
 def evaluate_only(args, checkpoint: dict) -> dict:
-    """What would be a line of metrics.jsonl: on the run's test scenes, or on all images in the file --data."""
+    """What would be a line of metrics.jsonl: on the run's test scenes, or on all images that --data names."""
     air = build_air(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
     trained_on = checkpoint["flags"]["data"]
     if args.data:

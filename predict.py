@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--invert",
         action=argparse.BooleanOptionalAction,
-        help="whether the images are dark on light (default: found out for each file)",
+        help="whether the images are dark on light (default: detected for each file)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to put a picture of each image with its boxes")
     args = parser.parse_args(argv)

@@ -71,7 +71,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
         type=positive(int, 10**9),
         default=4500,
         metavar="STEPS",
-        help="training steps in all, those before resuming too",
+        help="training steps in total, including those before a resume",
     )
     add(
         "-b",
@@ -88,12 +88,12 @@ def make_parser(**options) -> argparse.ArgumentParser:
         "--estimator",
         choices=["tracegraph", "traceenum"],
         default="tracegraph",
-        help="for the gradient of z_pres: sample it, or sum over it",
+        help="gradient of the choice whether there is one more object: sample it, or sum over both",
     )
     add(
         "--baseline",
         choices=["rnn", "none"],
-        help="against the variance of tracegraph's gradient (default: rnn; with traceenum none)",
+        help="a network that takes variance out of tracegraph's gradient (default: rnn; with traceenum none)",
     )
     add("--seed", type=seed, default=0, help="seed of training; the scenes are the same for all seeds")
     add("--cuda", action=argparse.BooleanOptionalAction, default=False, help="compute on the GPU (default: the CPU)")
@@ -120,7 +120,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
     add(
         "--invert",
         action=argparse.BooleanOptionalAction,
-        help="whether the images in --data are dark on light (default: found out)",
+        help="whether the images in --data are dark on light (default: detected)",
     )
     add(
         "--object-size",
@@ -144,7 +144,7 @@ def make_parser(**options) -> argparse.ArgumentParser:
     add("--visdom-env", type=visdom_env, default="air", metavar="NAME", help="the visdom environment of the pictures")
 
     add = parser.add_argument_group("existing runs").add_argument
-    add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: resume it")
+    add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: resume it, with its own flags")
     add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes or on --data, print JSON")
     return parser
 
