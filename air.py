@@ -244,7 +244,7 @@ class AIR(nn.Module):
 
     def guide_step(self, t: int, x: Tensor, baseline_projection: Tensor | None, previous: Step) -> Step:
         """Sample `q(z_pres_t, z_where_t, z_what_t | x, earlier steps)`, by attending to one place in `x`."""
-        z_where, z_what, canvas = previous.z_where, previous.z_what, previous.canvas.detach()
+        z_where, z_what, canvas = previous.z_where, previous.z_what, previous.canvas
         logit, loc, scale, attention = self.attend(x, canvas, z_where, z_what, previous.attention)
         p_more = torch.sigmoid(logit)
         if self.training:
@@ -267,7 +267,7 @@ class AIR(nn.Module):
             crop = self.attend.crop(z_where, x, canvas, self.window_size)
             z_what_mean, z_what_scale = self.encode(crop)
             z_what = pyro.sample(f"z_what_{t}", dist.Normal(z_what_mean, z_what_scale).to_event(1))
-        canvas = previous.canvas + self.paint(z_where, z_what)[1]
+        canvas = canvas + self.paint(z_where, z_what)[1]
         return Step(attention, baseline, p_more, z_pres, z_where, z_what, z_what_mean, canvas)
 
     def guide(self, x: Tensor, num_steps: int | None = None, look: int = 0) -> list[Step]:

@@ -102,17 +102,15 @@ def evaluate_only(args, checkpoint: dict) -> dict:
     """What would be a line of metrics.jsonl: on the run's test scenes, or on all images that --data names."""
     air = build_air(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
     trained_on = checkpoint["flags"]["data"]
+    split = "data" if args.data else "test"
     if args.data:
-        split, scenes = "data", own_canvases(args.data, air.image_size, args.invert)
+        scenes = own_canvases(args.data, air.image_size, args.invert)
     elif trained_on:
-        split, (_, scenes, sha256) = (
-            "test",
-            load_own_scenes(trained_on, args, air.image_size, checkpoint["flags"]["invert"]),
-        )
+        _, scenes, sha256 = load_own_scenes(trained_on, args, air.image_size, checkpoint["flags"]["invert"])
         if sha256 != checkpoint["data_sha256"]:
             raise RunError(f"{trained_on} has other images than the run was trained on: evaluate on all, with --data")
     else:
-        split, scenes = "test", load_split("test", args.data_dir)
+        scenes = load_split("test", args.data_dir)
     check_size(scenes, air)
     metrics = evaluate(air, scenes, args.model_steps, air.attend.looks).metrics
     return metrics_line(split, checkpoint["step"], checkpoint["seconds"], metrics)

@@ -170,8 +170,8 @@ class ResidualAttention(nn.Module):
     3. A network looks at that place, twice as wide as an ordinary window, and proposes a window; another looks at
        the window, corrects it and decides whether there is one more object.
 
-    The place has no parameters, and no gradient passes through the canvas: what an earlier object has to do with
-    later ones is left out of the gradient, which is biased by that. (With it, training is unstable.)
+    The place has no parameters, and no gradient passes through the canvas that the guide sees: what an earlier object
+    has to do with later steps is left out of the gradient, which is biased by that. (docs/inference.md: without.)
     """
 
     pictures, looks = 2, 5  # as above
@@ -250,7 +250,7 @@ class ResidualAttention(nn.Module):
 
     def crop(self, z_where: Tensor, x: Tensor, canvas: Tensor, window_size: int) -> Tensor:
         """What the encoder sees: the window in what the canvas lacks and in the image, `[batch, w, 2 * w]`."""
-        return image_to_object(z_where, torch.cat([x - canvas, x], -1), window_size)
+        return image_to_object(z_where, torch.cat([x - canvas.detach(), x], -1), window_size)
 
 
 class ConvNet(nn.Sequential):

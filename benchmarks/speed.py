@@ -155,7 +155,7 @@ def training(x_all, args):
 
 
 def inference(x_all, args):
-    """Images per second: counting is a run of the guide, a reconstruction all of `AIR.infer`."""
+    """Images per second: counting is a run of the guide, "infer" all of `AIR.infer`, "predict" what predict.py does."""
     air = AIR().to(x_all.device).eval()
     print(f"{'inference':>12} {'batch':>9} {'images/s':>9}")
     for batch_size in (1, 256):
@@ -165,9 +165,12 @@ def inference(x_all, args):
             with torch.no_grad():
                 air.guide(x)
 
-        functions = {"counting": counting, "all": lambda x=x: air.infer(x)}
+        functions = {"counting": counting, "infer": lambda x=x: air.infer(x)}
         for name, times in interleaved(functions, args.rounds, args.steps).items():
             print(f"{name:>12} {batch_size:>9} {batch_size / median(times):>9,.0f}")
+    x = to_images(x_all[:32])
+    (times,) = interleaved({"": lambda: air.explain(x, sample=False, num_steps=8, looks=5)}, args.rounds, 1).values()
+    print(f"{'predict':>12} {len(x):>9} {len(x) / median(times):>9,.0f}")
 
 
 def growth(device):

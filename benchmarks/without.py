@@ -17,10 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import air
 import evaluation
 import main
 from air import AIR
-from modules import ResidualAttention
+from modules import Decoder, ResidualAttention, image_to_object
 
 
 def one_likelihood(self, x, num_steps=None):
@@ -42,6 +43,11 @@ def mean_place(self, residual):
     return torch.stack([weight.sum(-2) @ self.centres, weight.sum(-1) @ self.centres], -1)
 
 
+def crop_with_gradient(self, z_where, x, canvas, window_size):
+    """ResidualAttention.crop, but its gradient also passes through the canvas."""
+    return image_to_object(z_where, torch.cat([x - canvas, x], -1), window_size)
+
+
 # name: (object, attribute, what it is replaced by), ..
 PARTS = {
     # How well the baseline predicts gains cannot be measured without them.
@@ -50,6 +56,11 @@ PARTS = {
     "exploration": [(main, "AIR", partial(AIR, exploration=0.0))],
     "thickening": [(ResidualAttention, "residual", lambda self, x, canvas: (x - canvas.detach()).clamp(min=0))],
     "place": [(ResidualAttention, "place", mean_place)],
+    "stop-gradient": [  # at the canvas that the guide sees
+        (ResidualAttention, "residual", ResidualAttention.residual.__wrapped__),
+        (ResidualAttention, "crop", crop_with_gradient),
+    ],
+    "bias": [(air, "Decoder", partial(Decoder, bias=0.0))],  # with which objects are nearly empty at first
     "clipping": [(main, "make_svi", partial(main.make_svi, clip=False))],
 }
 

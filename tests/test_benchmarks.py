@@ -122,6 +122,12 @@ def test_without_a_part(data_dir, tmp_path, monkeypatch):
     x_and_y = without.mean_place(air.attend, dot)[0]
     assert x_and_y.tolist() == pytest.approx([2 * 35.5 / 50 - 1, 2 * 15.5 / 50 - 1])
 
+    canvas, pose = torch.full((5, 50, 50), 0.1, requires_grad=True), torch.tensor([[3.0, 0.0, 0.0]]).expand(5, 3)
+    for replacement in without.PARTS["stop-gradient"]:
+        monkeypatch.setattr(*replacement)
+    for part in (air.attend.residual(x, canvas), air.attend.crop(pose, x, canvas, 28)):
+        assert torch.autograd.grad(part.sum(), canvas)[0].abs().sum() > 0
+
     own = ["--", "-n", "2", "-b", "8", "--data-dir", str(data_dir)]
     flags = ["--whole", "--seeds", "0", "--without", "gains", "--out", str(tmp_path), *own]
     monkeypatch.setattr(sys, "argv", ["seeds.py", *flags])
