@@ -199,7 +199,7 @@ def png(picture: np.ndarray) -> bytes:
 class Dashboard:
     """A visdom server that shows pictures, each in a window of its own that is updated in place.
 
-    url: the server's, as in `http://user:password@host:8097/base`; all but the host may be left out.
+    url: the server's, as in `http://user:password@host:8097/base`; user, password, port and base may be left out.
     Raises ConnectionError, with a message for the user that has no password in it, if the server does not
     answer (within a second at first, later within five) or refuses.
     """

@@ -145,7 +145,11 @@ def make_parser(**options) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("existing runs").add_argument
     add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: resume it, with its own flags")
-    add("--eval-only", action="store_true", help="with --load: evaluate on the test scenes or on --data, print JSON")
+    add(
+        "--eval-only",
+        action="store_true",
+        help="with --load: evaluate on the test scenes (own images: the held-out tenth) or all of --data; print JSON",
+    )
     return parser
 
 
