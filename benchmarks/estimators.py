@@ -103,24 +103,25 @@ def noise(checkpoint: dict, step: int, x: torch.Tensor, args) -> dict[str, dict[
 
 
 def report(runs: dict, args) -> None:
-    print(f"\nSteps (seconds) to the first evaluation at an accuracy: median, and range, of {len(args.seeds)} seeds")
-    print(f"{'estimator':>22}" + "".join(f"{accuracy:>32.0%}" for accuracy in ACCURACIES) + f"{'ms/step':>9}  test")
+    print(f"\nSteps (seconds) to the first evaluation at an accuracy, median and range of {len(args.seeds)} seeds\n")
+    heads = ["estimator", *(f"{accuracy:.0%}" for accuracy in ACCURACIES), "ms per step", "test scenes, at the end"]
+    print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
     for name, by_seed in runs.items():
-        cells = ""
+        cells = [name]
         for accuracy in ACCURACIES:
             steps, seconds = zip(*(first_at(lines, accuracy) for lines in by_seed))
-            cells += f"{median(steps):>9.0f}, {min(steps):.0f}-{max(steps):.0f} ({median(seconds):.0f} s)".rjust(32)
+            cells.append(f"{median(steps):.0f}, {min(steps):.0f} to {max(steps):.0f} ({median(seconds):.0f} s)")
         per_step = 1000 * median(lines[-1]["seconds"] / lines[-1]["step"] for lines in by_seed)
-        tests = " ".join(f"{lines[-1]['count_accuracy']:.2%}" for lines in by_seed)
-        print(f"{name:>22}{cells}{per_step:>9.0f}  {tests}")
+        tests = ", ".join(f"{lines[-1]['count_accuracy']:.2%}" for lines in by_seed)
+        print(f"| {' | '.join([*cells, f'{per_step:.0f}', tests])} |")
 
 
 def report_noise(noises: dict, args) -> None:
-    print(f"\nNoise of the gradient of a mini-batch of {args.batch_size}: variance / squared length of the mean")
-    print(f"{'at step':>8} {'estimator':>22}" + "".join(f"{group:>10}" for group in GROUPS))
+    print(f"\nNoise of the gradient of a mini-batch of {args.batch_size}: variance / squared length of the mean\n")
+    print(f"| step | estimator | {' | '.join(GROUPS)} |\n" + "|---" * (2 + len(GROUPS)) + "|")
     for step, row in noises.items():
         for name, cells in row.items():
-            print(f"{step:>8} {name:>22}" + "".join(f"{cells[group]:>10.3g}" for group in GROUPS))
+            print(f"| {step} | {name} | {' | '.join(f'{cells[group]:.3g}' for group in GROUPS)} |")
 
 
 def draw(runs: dict, noises: dict, path: Path) -> None:

@@ -1,6 +1,7 @@
-"""The table of some runs, for docs/results.md: what is in the last line of each one's metrics.jsonl, and the mean.
+"""Tables of runs, from their metrics.jsonl, in Markdown as they are in docs/.
 
-python benchmarks/table.py runs/seeds/seed[0-9]
+python benchmarks/table.py runs/seeds/seed[0-9]                           # how each run ended, and the mean
+python benchmarks/table.py --at 500 runs/seeds runs/seeds-without-*       # folders of runs, at a step: a row for each
 """
 
 import argparse
@@ -22,9 +23,23 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A table of finished runs, in Markdown.", allow_abbrev=False)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    print(table(parser.parse_args().runs))
+    parser = argparse.ArgumentParser(description="A table of runs, in Markdown.", allow_abbrev=False)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="with --at: a folder of runs")
+    parser.add_argument("--at", type=int, metavar="STEP", help="compare folders of runs, on the validation scenes")
+    args = parser.parse_args()
+    print(table(args.runs) if args.at is None else comparison(args.runs, args.at))
+
+
+def comparison(folders: list[Path], step: int) -> str:
+    rows = [["runs", "accuracy", "ELBO, nats"], ["---"] * 3]
+    for folder in folders:
+        runs = sorted(folder.glob("seed*/"), key=lambda run: int(run.name.removeprefix("seed")))
+        lines = [line for run in runs for line in read_metrics(run) if line["split"] == "validation"]
+        lines = [line for line in lines if line["step"] == step]
+        accuracies = ", ".join(f"{line['count_accuracy']:.1%}" for line in lines)
+        elbos = ", ".join(f"{line['elbo']:.1f}" for line in lines)
+        rows.append([folder.name, accuracies, elbos])
+    return markdown(rows)
 
 
 def table(folders: list[Path]) -> str:
@@ -47,6 +62,10 @@ def table(folders: list[Path]) -> str:
             values = [line[key] for line in lines.values() if line[key] is not None]
             cells.append(form.format(of(values)) if values else "")
         rows.append([f"**{name}**", *cells])
+    return markdown(rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -180,6 +180,20 @@ def test_the_table_of_runs(run):
     assert all(row[1:] == expected for row in rows[2:])
 
 
+def test_the_comparison_of_settings(tmp_path):
+    for folder, seed, accuracy in (("a", 2, 0.5), ("a", 10, 0.7), ("b", 0, 0.9)):
+        lines = [
+            {"split": split, "step": 500, "count_accuracy": accuracy, "elbo": 600 + seed}
+            for split in ("validation", "test")
+        ]
+        (tmp_path / folder / f"seed{seed}").mkdir(parents=True)
+        (tmp_path / folder / f"seed{seed}" / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
+    rows = table.comparison([tmp_path / "a", tmp_path / "b"], 500).splitlines()
+    assert rows[2:] == ["| a | 50.0%, 70.0% | 602.0, 610.0 |", "| b | 90.0% | 600.0 |"]
+
+
 def test_the_coins_are_counted_by_hand_and_others_are_trained_on():
     """The hand count is that of the marked circles, and no crop to learn from shows anything of the hundred."""
     with open(ROOT / "benchmarks/coins_counts.csv", newline="") as file:
