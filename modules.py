@@ -171,7 +171,8 @@ class ResidualAttention(nn.Module):
        the window, corrects it and decides whether there is one more object.
 
     The place has no parameters, and no gradient passes through the canvas that the guide sees: what an earlier object
-    has to do with later steps is left out of the gradient, which is biased by that. (docs/inference.md: without.)
+    has to do with later steps is left out of the gradient, which is biased by that. (Without this stop-gradient the
+    ELBO is 2 nats lower at step 500 of a default run, three seeds: docs/inference.md.)
     """
 
     pictures, looks = 2, 5  # as above
