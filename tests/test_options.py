@@ -105,6 +105,9 @@ def test_a_resumed_run_keeps_what_it_is(run, monkeypatch, capsys, data_dir, scen
     air = build_air(checkpoint)
     others = {name: value for name, value in checkpoint.items() if name not in ("air", "parameters", "flags")}
     save_checkpoint(tmp_path / "cuda.pt", air, **others, flags=checkpoint["flags"] | {"cuda": True})
+    for name, value in (("viz_every", False), ("seed", "x"), ("guide", "other"), ("cuda", 5)):
+        save_checkpoint(tmp_path / "forged.pt", air, **others, flags=checkpoint["flags"] | {name: value})
+        assert "forged.pt has flags that are not of this script" in error("--load", tmp_path / "forged.pt")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device was found; --no-cuda computes on the CPU" in error("--load", tmp_path / "cuda.pt")
     assert [line["step"] for line in metrics(folder)] == [2, 4, 6, 6]

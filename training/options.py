@@ -220,7 +220,9 @@ def inherit(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint:
         if flags[name] is not None
     ]
     try:
-        own = make_parser(exit_on_error=False).parse_args(typed)
+        own, unknown = make_parser(exit_on_error=False).parse_known_args(typed)
+        if unknown:
+            raise argparse.ArgumentError(None, unknown[0])
     except argparse.ArgumentError as error:
         raise CheckpointError(f"{path} has flags that are not of this script: {error}") from None
     step, seconds = checkpoint["step"], checkpoint["seconds"]
