@@ -36,6 +36,8 @@ def comparison(folders: list[Path], step: int) -> str:
         runs = sorted(folder.glob("seed*/"), key=lambda run: int(run.name.removeprefix("seed")))
         lines = [line for run in runs for line in read_metrics(run) if line["split"] == "validation"]
         lines = [line for line in lines if line["step"] == step]
+        if not runs or len(lines) != len(runs):  # None is left out without a word.
+            sys.exit(f"{folder}: {len(lines)} of {len(runs)} runs have an evaluation at step {step}")
         accuracies = ", ".join(f"{line['count_accuracy']:.1%}" for line in lines)
         elbos = ", ".join(f"{line['elbo']:.1f}" for line in lines)
         rows.append([folder.name, accuracies, elbos])

@@ -192,6 +192,8 @@ def test_the_comparison_of_settings(tmp_path):
         )
     rows = table.comparison([tmp_path / "a", tmp_path / "b"], 500).splitlines()
     assert rows[2:] == ["| a | 50.0%, 70.0% | 602.0, 610.0 |", "| b | 90.0% | 600.0 |"]
+    with pytest.raises(SystemExit, match="0 of 2 runs"):
+        table.comparison([tmp_path / "a"], 1000)
 
 
 def test_the_coins_are_counted_by_hand_and_others_are_trained_on():
