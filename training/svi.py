@@ -1,20 +1,22 @@
 """Stochastic variational inference for AIR: the estimators, the optimizer, the schedules, steps that go wrong."""
 
 import math
+import sys
 
 import numpy as np
 import pyro
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
-from pyro.infer.enum import get_importance_trace
-from pyro.ops.provenance import ProvenanceTensor, get_provenance
 from pyro.optim import PyroOptim
 from torch.nn.utils import clip_grads_with_norm_
+from tqdm import tqdm
 
 from air import AIR
 from training.parallel import Processes
 
-DIGIT_WINDOW = 50 / 3  # How long, in pixels, the windows on multi-MNIST's digits are by the prior on poses.
+# So many skipped steps within so many end a run.
+MAX_SKIPPED_STEPS, SKIPPED_WITHIN = 3, 100
+DIGIT_WINDOW = 50 / 3  # How long windows on multi-MNIST's digits are by the prior on poses, in pixels.
 
 
 class NonFiniteError(ArithmeticError):
@@ -40,7 +42,7 @@ def make_svi(
     groups = [{"params": group, "running_norm": 0.0} for group in (others, baseline) if group]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     if estimator == "tracegraph":
-        guide, elbo = air.guide, StaticTraceGraph_ELBO(max_plate_nesting=1)
+        guide, elbo = air.guide, TraceGraph_ELBO(max_plate_nesting=1)
     else:
         # z_pres is the guide's only discrete choice.
         guide, elbo = config_enumerate(air.guide), TraceEnum_ELBO(max_plate_nesting=1)
@@ -64,44 +66,6 @@ def make_svi(
     return SVI(air.model, guide, SingleOptimizer(adam), elbo.loss, loss_and_grads), adam
 
 
-def clip_gradient(group: dict, norm: float, factor: float = 1.2, memory: float = 0.98) -> None:
-    """Make the gradient of a parameter group, of that norm, at most `factor` times as long as it mostly is."""
-    running = group["running_norm"] or norm
-    group["running_norm"] = memory * running + (1 - memory) * min(norm, 3 * running)
-    clip_grads_with_norm_(group["params"], factor * group["running_norm"], torch.tensor(norm))
-
-
-@torch.no_grad()
-def is_finite(guide, x: torch.Tensor) -> bool:
-    """Whether the guide's distributions have parameters that are numbers.
-
-    PyTorch refuses to sample a Bernoulli of NaN with a RuntimeError, as it has many; Pyro's validation
-    says it with a ValueError.
-    """
-    try:
-        with pyro.validation_enabled():
-            guide(x)
-    except ValueError:
-        return False
-    return True
-
-
-def schedule(step: int, num_steps: int, warm_up: int = 100) -> float:
-    """The learning rate at `step`, as a part of its largest: a short linear rise, then half a cosine down to 0."""
-    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-
-
-def count_ratio(step: int, num_steps: int, window: float = DIGIT_WINDOW) -> float:
-    """The ratio of the prior on the count at `step`, while training; `window`: how long windows mostly are, in pixels.
-
-    Strict from the 200th step on, and slowly less so, so that one object is not explained by several pieces; but not
-    at first: before the decoder can paint anything, everything would become no object. What a second piece gains
-    grows with the pixels of an object, and so must its price; but Pyro takes no probability below 1.2e-7 (16 nats).
-    """
-    price = np.clip((window / DIGIT_WINDOW) ** 2, 1, 1.75)
-    return math.exp(price * np.interp(step, [0, 100, 200, max(num_steps, 201)], [-3, -3, -9, -4]))
-
-
 class SingleOptimizer(PyroOptim):
     """Lets SVI step one torch optimizer for all parameters, where Pyro would make one for each of them."""
 
@@ -113,36 +77,55 @@ class SingleOptimizer(PyroOptim):
         self.optimizer.zero_grad()
 
 
-class Labelled(ProvenanceTensor):
-    """A tensor that says which choices it depends on, but does not pass it on to what is computed from it."""
+def clip_gradient(group: dict, norm: float, factor: float = 1.2, memory: float = 0.98) -> None:
+    """Make the gradient of a parameter group, of that norm, at most `factor` times as long as it usually is."""
+    running = group["running_norm"] or norm
+    group["running_norm"] = memory * running + (1 - memory) * min(norm, 3 * running)
+    clip_grads_with_norm_(group["params"], factor * group["running_norm"], torch.tensor(norm))
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # as nn.Parameter has it
 
+@torch.no_grad()
+def is_finite(guide, x: torch.Tensor) -> bool:
+    """Whether the guide's distributions have parameters that are numbers, by Pyro's own validation.
 
-class StaticTraceGraph_ELBO(TraceGraph_ELBO):
-    """TraceGraph_ELBO for programs in which it never changes which choice affects which cost.
-
-    Pyro finds that out by passing every tensor operation through a Python hook, anew at each step.
-    Here the first step's answer is kept. Loss and gradients are the same.
+    (PyTorch refuses to sample a Bernoulli of NaN with a RuntimeError, which can mean anything.)
     """
+    try:
+        with pyro.validation_enabled():
+            guide(x)
+    except ValueError:
+        return False
+    return True
 
-    dependencies = None
 
-    def _get_trace(self, model, guide, args, kwargs):
-        if self.dependencies is None:
-            traces = super()._get_trace(model, guide, args, kwargs)
-            self.dependencies = [
-                {
-                    name: get_provenance(site["log_prob_sum"])
-                    for name, site in trace.nodes.items()
-                    if "log_prob_sum" in site
-                }
-                for trace in traces
-            ]
-        else:
-            traces = get_importance_trace("dense", self.max_plate_nesting, model, guide, args, kwargs)
-            for trace, dependencies in zip(traces, self.dependencies):
-                for name, upstream in dependencies.items():
-                    site = trace.nodes[name]
-                    site["log_prob_sum"] = Labelled(site["log_prob_sum"], upstream)
-        return traces
+def skip_step(step: int, skipped: list[int], is_main: bool) -> None:
+    """Note in `skipped` that the step after `step` was skipped. Raises NonFiniteError where too many were."""
+    if is_main:
+        tqdm.write(f"skipped step {step + 1}: loss or gradient is not finite", sys.stderr)
+    skipped[:] = [earlier for earlier in skipped if earlier > step - SKIPPED_WITHIN] + [step]
+    if len(skipped) == MAX_SKIPPED_STEPS:
+        counts = f"{MAX_SKIPPED_STEPS} of {SKIPPED_WITHIN} steps were skipped"
+        raise NonFiniteError(f"{counts}, loss or gradient is not finite; a smaller --learning-rate may help")
+
+
+def check_finite(air: AIR, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raise NonFiniteError if parameters or optimizer are not finite: nothing can be learned from there."""
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    if not all(value.isfinite().all() for value in [*air.parameters(), *moments]):
+        raise NonFiniteError(f"after step {step} the parameters are not finite, and are not saved")
+
+
+def schedule(step: int, num_steps: int, warm_up: int = 100) -> float:
+    """The learning rate at `step`, as a part of its largest: a short linear rise, then half a cosine down to 0."""
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+def count_ratio(step: int, num_steps: int, window: float = DIGIT_WINDOW) -> float:
+    """The ratio of the prior on the count at `step`, while training; `window`: how long windows usually are, in pixels.
+
+    Strict from the 200th step on, and slowly less so, so that one object is not explained by several pieces; but not
+    at first: before the decoder can paint anything, everything would become no object. What a second piece gains
+    grows with the pixels of an object, and so must its price; but Pyro takes no probability below 1.2e-7 (16 nats).
+    """
+    price = np.clip((window / DIGIT_WINDOW) ** 2, 1, 1.75)
+    return math.exp(price * np.interp(step, [0, 100, 200, max(num_steps, 201)], [-3, -3, -9, -4]))
