@@ -12,38 +12,48 @@ Then `python predict.py runs/NAME IMAGES` counts what is in images of your own, 
 """
 
 import json
+import math
+import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyro
 import torch
 
 from air import AIR
-from evaluation import evaluate, interval
-from multi_mnist import Scenes, load_split
-from training.checkpoint import build_air
-from training.data import check_size, load_own_scenes, load_scenes, own_canvases, pose_prior
+from evaluation import evaluate, interval, reference_stats
+from training import run
+from training.checkpoint import build_air, read_checkpoint
+from training.data import check_size, evaluation_scenes, load_scenes, pose_prior
 from training.options import one_line_errors, parse
 from training.parallel import Processes
 from training.pictures import Pictures
-from training.run import Run, RunError, metrics_line
-from training.svi import count_ratio, make_svi, schedule
+from training.svi import check_finite, count_ratio, make_svi, schedule, skip_step
 
 
 def main(argv: list[str] | None = None) -> None:
-    warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro's; `Run.skip_step` says it
+    warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro's; `skip_step` reports it
     with one_line_errors("main.py"):
-        args, checkpoint = parse(argv)
+        args = parse(argv)
         if args.eval_only:
-            print(json.dumps(evaluate_only(args, checkpoint)))
-        else:
-            train(args, checkpoint)
+            print(json.dumps(evaluate_only(args)))
+            return
+        processes = Processes(args.cuda)
+        resumes = args.load is not None and args.out.resolve() == args.load.parent.resolve()
+        with run.claim(args.out, resumes) if processes.is_main else nullcontext():
+            train(args, processes, resumes)
+            processes.close()
 
 
-def train(args, checkpoint: dict | None) -> None:
-    """Data, AIR, SVI, evaluation, pictures; with a checkpoint, from where it was saved."""
-    processes = Processes(args.cuda)
-    train_scenes, validation_scenes, test_scenes, data_sha256 = load_scenes(args, checkpoint, processes)
+def train(args, processes: Processes, resumes: bool) -> None:
+    """Data, AIR, SVI, evaluation, pictures; with --load, from where that run was."""
+    checkpoint = read_checkpoint(args.load)[0] if args.load else None
+    size = checkpoint["air"]["image_size"] if checkpoint else None
+    options = args.data_dir, size, args.invert, args.max_objects
+    train_scenes, validation_scenes, test_scenes, sha256 = load_scenes(args.data, *options, processes)
+    if resumes and checkpoint["data_sha256"] != sha256:
+        raise run.RunError(f"{args.out} was trained on other images: name another folder to resume it in with --out")
     # This process's share, on its device; uint8: a mini-batch becomes floats when it is drawn.
     train_x = torch.from_numpy(train_scenes.x[processes.rank :: processes.world_size]).to(processes.device)
     pictures = Pictures(args.out, args.visdom, args.visdom_env, args.seed) if processes.is_main else None
@@ -52,92 +62,83 @@ def train(args, checkpoint: dict | None) -> None:
     pyro.set_rng_seed(args.seed)
     if checkpoint:
         air = build_air(checkpoint, args.load)
-        check_size(train_scenes, air)
     else:
-        size, prior = train_scenes.x.shape[1], pose_prior(args, train_scenes, processes)
-        air = AIR(args.model_steps, size, guide=args.guide, baseline=args.baseline, **prior)
+        prior = pose_prior(train_scenes.x, args.object_size) if args.data or args.object_size else {}
+        air = AIR(args.max_objects, train_scenes.x.shape[1], guide=args.guide, baseline=args.baseline, **prior)
+    check_size(train_scenes, air)
     air.to(processes.device)
     processes.broadcast(air.state_dict().values())
     svi, adam = make_svi(air, args.estimator, processes)
     pyro.enable_validation(False)  # Its checks of every distribution take time; tests leave them on.
 
-    def evaluate_and_draw(split: str, scenes: Scenes, record: bool, draw: bool) -> dict | None:
-        """Evaluate on `scenes`; note it in metrics.jsonl, draw the pictures, or both."""
-        if not processes.is_main or not (record or draw):
-            return None
-        run.check_parameters()
-        if not record:  # For the pictures a part of the scenes will do.
-            scenes = Scenes(*(None if part is None else part[:1000] for part in scenes))
-        evaluation = evaluate(air, scenes, looks=air.attend.looks if run.step == args.num_steps else 1)
-        line = run.record(split, evaluation) if record else None
-        if draw:
-            pictures.show(air, split, scenes, evaluation)
-        return line
-
-    with Run(args, air, adam, processes, data_sha256, checkpoint) as run:
-        evaluate_and_draw("validation", validation_scenes, record=False, draw=run.step == 0)
-
-        for x in run.mini_batches(train_x):
-            rate = schedule(run.step, args.num_steps)
+    flags, accuracy, skipped = run.plain_flags(args), "-", []
+    state = run.begin(args.out, args.load, checkpoint, air, adam, processes, flags)
+    if pictures and state.step == 0:
+        pictures.show(air, "validation", validation_scenes)
+    with run.stop_signals(processes), run.progress_bar(state, args.num_steps, processes) as bar:
+        while state.step < args.num_steps and not processes.should_stop:
+            started = time.perf_counter()
+            index = torch.randint(len(train_x), (args.batch_size // processes.world_size,), device=train_x.device)
+            rate = schedule(state.step, args.num_steps)
             for group, largest in zip(adam.param_groups, (args.learning_rate, args.baseline_learning_rate)):
                 group["lr"] = rate * largest
-            air.set_count_prior(count_ratio(run.step, args.num_steps, air.usual_window))
-            run.finish_step(svi.step(x))
+            air.set_count_prior(count_ratio(state.step, args.num_steps, air.usual_window))
+            loss = svi.step(train_x[index].float() / 255)
+            if not math.isfinite(loss):
+                skip_step(state.step, skipped, processes.is_main)
+                continue
+            state.step, state.reference = state.step + 1, None
+            state.seconds += time.perf_counter() - started
+            if not processes.stop_signal:  # Afterwards nobody may be there to see it.
+                bar.set_postfix_str(f"loss {loss / args.batch_size:.1f}, validation accuracy {accuracy}", refresh=False)
+                bar.update()
 
-            evaluation_is_due, pictures_are_due = run.is_due(args.eval_every), run.is_due(args.viz_every)
-            evaluate_and_draw("validation", validation_scenes, record=evaluation_is_due, draw=pictures_are_due)
-            if evaluation_is_due:
-                run.save()
+            if state.is_due(args.eval_every, args.num_steps):
+                check_finite(air, adam, state.step)
+                if processes.is_main:
+                    metrics = evaluate(air, validation_scenes).metrics
+                    run.record(args.out, "validation", state, metrics)
+                    accuracy = "-" if metrics["count_accuracy"] is None else f"{metrics['count_accuracy']:.2%}"
+                    if state.step == args.num_steps:
+                        state.reference = reference_stats(air, validation_scenes.x[:1000])
+                run.save(args.out, air, adam, state, processes, flags, sha256)
+            if pictures and state.is_due(args.viz_every, args.num_steps):
+                pictures.show(air, "validation", validation_scenes)
 
-        if processes.should_stop:
-            evaluate_and_draw("validation", validation_scenes, record=False, draw=True)
-            run.exit_on_signal()
-        processes.close()
-        result = evaluate_and_draw("test", test_scenes, record=True, draw=True)
-    if result:
-        print(summary(result, run.folder))
+        if processes.any_stop_signal():
+            check_finite(air, adam, state.step)
+            run.save(args.out, air, adam, state, processes, flags, sha256)
+            if pictures:
+                pictures.show(air, "validation", validation_scenes)
+            run.exit_on_signal(processes, args.out, state.step)
+    if processes.is_main:
+        evaluation = evaluate(air, test_scenes, several_looks=True)
+        result = run.record(args.out, "test", state, evaluation.metrics)
+        pictures.show(air, "test", test_scenes, evaluation)
+        print(summary(result, args.out))
 
 
-def evaluate_only(args, checkpoint: dict) -> dict:
+def evaluate_only(args) -> dict:
     """What would be a line of metrics.jsonl: on the run's test scenes, or on all images that --data names."""
-    air = build_air(checkpoint, args.load).to("cuda" if args.cuda else "cpu")
-    trained_on = checkpoint["flags"]["data"]
-    split = "data" if args.data else "test"
-    if args.data:
-        scenes = own_canvases(args.data, air.image_size, args.invert)
-    elif trained_on:
-        _, scenes, sha256 = load_own_scenes(trained_on, args, air.image_size, checkpoint["flags"]["invert"])
-        if sha256 != checkpoint["data_sha256"]:
-            raise RunError(f"{trained_on} has other images than the run was trained on: evaluate on all, with --data")
-    else:
-        scenes = load_split("test", args.data_dir)
+    checkpoint, path = read_checkpoint(args.load)
+    air = build_air(checkpoint, path).to("cuda" if args.cuda else "cpu")
+    split, scenes = evaluation_scenes(args.data, args.data_dir, args.invert, checkpoint, air.image_size)
     check_size(scenes, air)
-    metrics = evaluate(air, scenes, args.model_steps, air.attend.looks).metrics
-    return metrics_line(split, checkpoint["step"], checkpoint["seconds"], metrics)
+    metrics = evaluate(air, scenes, args.max_objects, several_looks=True).metrics
+    return run.metrics_line(split, run.State(checkpoint["step"], checkpoint["seconds"]), metrics)
 
 
 def summary(result: dict, folder: Path) -> str:
     """What a user wants to know at the end of a run."""
-
-    def with_interval(accuracy: float) -> str:
-        low, high = interval(accuracy, result["images"])
-        return f"{accuracy:.2%} (95% interval {low:.2%} to {high:.2%})"
-
-    minutes = result["seconds"] / 60
-    lines = [f"{result['images']:,} held-out scenes, {result['step']:,} steps, {minutes:.1f} minutes of training"]
-    if result["count_accuracy"] is not None:
-        lines += [
-            f"  count accuracy   {with_interval(result['count_accuracy'])}, by one sample of the guide",
-            f"                   {with_interval(result['count_accuracy_mode'])}, by its most probable count",
-        ]
-    if result["count_accuracy_looks"] is not None:
-        lines.append(
-            f"                   {with_interval(result['count_accuracy_looks'])}, by the best of several looks"
-        )
-    lines += [
-        f"  ELBO             {result['elbo']:.1f} nats per image",
-        f"  last step used   in {result['last_step_rate']:.2%} of the images",
-    ]
+    images, minutes = result["images"], result["seconds"] / 60
+    lines = [f"{images:,} held-out scenes, {result['step']:,} steps, {minutes:.1f} minutes of training"]
+    ways = {"": "one sample of the guide", "_mode": "its most probable count", "_looks": "the best of several looks"}
+    for name, way in ways.items():
+        if (accuracy := result[f"count_accuracy{name}"]) is not None:
+            low, high = interval(accuracy, images)
+            lines.append(f"  count accuracy   {accuracy:.2%} (95% interval {low:.2%} to {high:.2%}), by {way}")
+    lines.append(f"  ELBO             {result['elbo']:.1f} nats per image")
+    lines.append(f"  last step used   in {result['last_step_rate']:.2%} of the images")
     if result["confusion"]:
         lines.append("  inferred count  " + "".join(f"{count:>8}" for count in range(len(result["confusion"][0]))))
         for true, row in enumerate(result["confusion"]):

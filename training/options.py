@@ -11,154 +11,185 @@ from pathlib import Path
 
 import torch
 
-from air import MAX_STEPS
+from air import MAX_OBJECTS
 from multi_mnist import DataError, one_line
 from training.checkpoint import CheckpointError, read_checkpoint
 from training.parallel import ProcessLost, launched
-from training.run import RunError, is_run_folder
+from training.run import RunError, has_files, is_run_folder
 from training.svi import NonFiniteError
 
-# What a run is: a resumed run has the same.
-FROZEN_ON_RESUME = (
-    "batch_size",
-    "learning_rate",
-    "baseline_learning_rate",
-    "seed",
-    "model_steps",
-    "estimator",
-    "baseline",
-    "guide",
-    "invert",
-    "object_size",
-)
-# What a resumed run has too, if it is not told otherwise.
-INHERITED_ON_RESUME = ("num_steps", "eval_every", "viz_every", "cuda", "data", "data_dir")
-# What makes a difference to --eval-only.
-EVALUATION = ("load", "eval_only", "cuda", "model_steps", "data", "data_dir", "invert")
+# What becomes of a flag on resuming: it is what the run is, or is kept unless told otherwise. Others are as by default.
+FIXED, KEPT = "fixed", "kept"
 
 
 class UsageError(Exception):
     """The flags ask for something that cannot be done."""
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
-    """The flags, checked, and the checkpoint that --load names. Bad flags end the program with an error line."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    checkpoint = None
-    try:
-        if args.load:
-            checkpoint, path = read_checkpoint(args.load)
-            args = inherit(parser, argv, checkpoint, path)
-        check(args, parser)
-    except (CheckpointError, UsageError, ValueError) as error:  # ValueError: a path that cannot be one
-        parser.error(one_line(error))
-    return args, checkpoint
-
-
-def make_parser(**options) -> argparse.ArgumentParser:
+def make_parser() -> tuple[argparse.ArgumentParser, dict, set]:
+    """The parser; by flag's name, FIXED or KEPT; and the names of flags that make a difference to --eval-only."""
     parser = argparse.ArgumentParser(
         description="Train Attend, Infer, Repeat on multi-MNIST or on images of your own.",
         usage="%(prog)s [options]   (-h lists them)",
-        formatter_class=Formatter,
         allow_abbrev=False,
-        **options,
     )
-    add = parser.add_argument_group("training").add_argument
-    add(
-        "-n",
-        "--num-steps",
-        type=positive(int, 10**9),
-        default=4500,
-        metavar="STEPS",
-        help="training steps in total, including those before a resume",
-    )
-    add(
-        "-b",
-        "--batch-size",
-        type=positive(int, 100_000),
-        default=128,
-        metavar="IMAGES",
-        help="images per training step",
-    )
-    rate = positive(float, 10**6)
-    add("-lr", "--learning-rate", type=rate, default=4e-3, help="largest learning rate of model and guide")
-    add("-blr", "--baseline-learning-rate", type=rate, default=4e-3, help="largest learning rate of the baseline")
-    add(
-        "--estimator",
-        choices=["tracegraph", "traceenum"],
-        default="tracegraph",
-        help="gradient of the choice whether there is one more object: sample it, or sum over both",
-    )
-    add(
-        "--baseline",
-        choices=["rnn", "none"],
-        help="a network that takes variance out of tracegraph's gradient (default: rnn; with traceenum none)",
-    )
-    add("--seed", type=seed, default=0, help="seed of training; the scenes are the same for all seeds")
-    add("--cuda", action=argparse.BooleanOptionalAction, default=False, help="compute on the GPU (default: the CPU)")
+    on_resume, evaluation = {}, set()
 
-    add = parser.add_argument_group("model and guide").add_argument
-    add(
-        "-t",
-        "--model-steps",
-        type=positive(int, MAX_STEPS),
-        default=3,
-        metavar="T",
-        help="most objects to find in an image; an evaluation may allow more",
-    )
-    add("--guide", choices=["residual", "rnn"], default="residual", help="look at what is left, or the paper's RNN")
+    def add(*names, help, resume=None, evaluates=False, **options):
+        if options.get("default") and "(default" not in help:
+            help += " (default: %(default)s)"
+        name = group.add_argument(*names, help=help, **options).dest
+        on_resume.update({name: resume} if resume else {})
+        evaluation.update({name} if evaluates else {})
 
-    add = parser.add_argument_group("data").add_argument
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST and the scenes are kept")
-    add(
-        "--data",
-        type=Path,
-        metavar="PATH",
-        help="your own images, a folder or a file; the last tenth is held out (default: multi-MNIST)",
-    )
+    fixed, kept = {"resume": FIXED}, {"resume": KEPT}
+    steps, rate = {"type": positive(int), "metavar": "STEPS"}, {"type": positive(float), "default": 4e-3}
+    switch = {"action": argparse.BooleanOptionalAction, "evaluates": True}
+
+    group = parser.add_argument_group("training")
+    add("-n", "--num-steps", **steps, **kept, default=4500, help="training steps in total, with those before a resume")
+    images = {"type": positive(int), "default": 128, "metavar": "IMAGES"}
+    add("-b", "--batch-size", **images, **fixed, help="images per training step")
+    add("-lr", "--learning-rate", **rate, **fixed, help="largest learning rate of model and guide")
+    add("-blr", "--baseline-learning-rate", **rate, **fixed, help="largest learning rate of the baseline")
+    text = "gradient of the choice whether there is one more object: sample it, or sum over both"
+    add("--estimator", choices=["tracegraph", "traceenum"], default="tracegraph", **fixed, help=text)
+    text = "a network that takes variance out of tracegraph's gradient (default: rnn; with traceenum none)"
+    add("--baseline", choices=["rnn", "none"], **fixed, help=text)
+    add("--seed", type=seed, default=0, **fixed, help="seed of training; the scenes are the same for all seeds")
+    add("--cuda", **switch, **kept, default=False, help="compute on the GPU (default: the CPU)")
+
+    group = parser.add_argument_group("model and guide")
+    most = {"type": positive(int, MAX_OBJECTS), "default": 3, "metavar": "T", "evaluates": True}
+    text = "most objects to find in an image; an evaluation may allow more"
+    add("-t", "--max-objects", **most, **fixed, help=text)
+    text = "look at what is left, or the paper's RNN"
+    add("--guide", choices=["residual", "rnn"], default="residual", **fixed, help=text)
+
+    group = parser.add_argument_group("data")
+    place = {"type": Path, "evaluates": True}
+    add("--data-dir", **place, **kept, default=Path("data"), metavar="DIR", help="where MNIST is kept")
+    text = "your own images, a folder or a file; the last tenth is held out (default: multi-MNIST)"
+    add("--data", **place, **kept, metavar="PATH", help=text)
     add(
         "--invert",
-        action=argparse.BooleanOptionalAction,
-        help="whether the images in --data are dark on light (default: detected)",
+        **switch,
+        **fixed,
+        help="whether the images in --data are dark on light (default: each is looked at)",
     )
-    add(
-        "--object-size",
-        type=object_size,
-        metavar="SIZE",
-        help="length of an object, in pixels or as a share of the canvas (default: a digit's; estimated with --data)",
-    )
+    text = "length of an object, in pixels or as a share of the canvas (default: a digit's; estimated with --data)"
+    add("--object-size", type=positive(float), metavar="SIZE", **fixed, help=text)
 
-    add = parser.add_argument_group("what a run leaves").add_argument
+    group = parser.add_argument_group("what a run leaves")
     add("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/<date>-<time>-seed<seed>)")
-    steps = {"type": positive(int), "default": 500, "metavar": "STEPS"}
-    add("--eval-every", **steps, help="how often to evaluate on the validation scenes and save the checkpoint")
-    add("--viz-every", **steps, help="how often to draw the pictures")
-    add(
-        "--visdom",
-        type=visdom,
-        default="auto",
-        metavar="auto|off|URL",
-        help="the visdom server that shows the pictures; auto: if one runs on this machine",
-    )
-    add("--visdom-env", type=visdom_env, default="air", metavar="NAME", help="the visdom environment of the pictures")
+    text = "how often to evaluate on the validation scenes and save the checkpoint"
+    add("--eval-every", **steps, **kept, default=500, help=text)
+    add("--viz-every", **steps, **kept, default=500, help="how often to draw the pictures")
+    text = "the visdom server that shows the pictures; auto: if one runs on this machine"
+    add("--visdom", type=visdom, default="auto", metavar="auto|off|URL", help=text)
+    text = "the visdom environment of the pictures"
+    add("--visdom-env", type=visdom_env, default="air", metavar="NAME", help=text)
 
-    add = parser.add_argument_group("existing runs").add_argument
-    add("--load", type=Path, metavar="RUN", help="a run's folder or checkpoint: resume it, with its own flags")
-    add(
-        "--eval-only",
-        action="store_true",
-        help="with --load: evaluate on the test scenes (own images: the held-out tenth) or all of --data; print JSON",
-    )
-    return parser
+    group = parser.add_argument_group("existing runs")
+    text = "a run's folder or checkpoint: resume it, with its own flags"
+    add("--load", type=Path, metavar="RUN", evaluates=True, help=text)
+    text = "with --load: evaluate on the test scenes (own images: the held-out tenth) or all of --data; print JSON"
+    add("--eval-only", action="store_true", evaluates=True, help=text)
+    return parser, on_resume, evaluation
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults, of flags that have one."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags, complete and checked. Bad ones end the program with an error line, before anything is begun."""
+    parser, on_resume, evaluation = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.load:
+            checkpoint, load = read_checkpoint(args.load)
+            missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng", "data_sha256"} - checkpoint.keys()
+            missing |= on_resume.keys() - checkpoint.get("flags", {}).keys()
+            if missing:
+                raise CheckpointError(f"{load} is not of a run of this script: it has no {', '.join(sorted(missing))}")
+            flags = {name: checkpoint["flags"][name] for name in on_resume}
+            # With --eval-only, --data is something else: images to evaluate on.
+            parser.set_defaults(**flags | ({"data": None, "invert": None} if args.eval_only else {}))
+            args = parser.parse_args(argv)
+            args.load = load
+            # More objects may be looked for than in training, in images that are stored in another way.
+            free = ("max_objects", "invert") if args.eval_only else ()
+            for name, rule in on_resume.items():
+                if rule == FIXED and name not in free and getattr(args, name) != flags[name]:
+                    raise UsageError(f"{flag(name)} {getattr(args, name)}: the loaded run has {flags[name]}")
+            if args.num_steps < checkpoint["step"]:
+                raise UsageError(f"--num-steps {args.num_steps}: the run is already at step {checkpoint['step']}")
+        check(args)
+        if args.eval_only:
+            for name, value in vars(args).items():
+                if name not in evaluation and value != parser.get_default(name):
+                    raise UsageError(f"{flag(name)} cannot be combined with --eval-only")
+        else:
+            args.baseline = args.baseline or ("none" if args.estimator == "traceenum" else "rnn")
+            if args.baseline == "none" and args.baseline_learning_rate != parser.get_default("baseline_learning_rate"):
+                raise UsageError("--baseline-learning-rate: there is no baseline")
+            args.out = run_folder(args.out, args.load, args.seed)
+    except (CheckpointError, UsageError, ValueError) as error:  # ValueError: a path that cannot be one
+        parser.error(one_line(error))
+    return args
 
-    def _get_help_string(self, action):
-        shown = action.default is not None and action.default is not False and "(default" not in action.help
-        return super()._get_help_string(action) if shown else action.help
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UsageError for flags that cannot be combined, with one another or with this machine."""
+    world_size, _, local_rank = launched()
+    if args.cuda and not torch.cuda.is_available():
+        raise UsageError("--cuda: no CUDA device was found" + ("; --no-cuda computes on the CPU" if args.load else ""))
+    if args.cuda and local_rank >= torch.cuda.device_count():
+        raise UsageError(f"--cuda: {torch.cuda.device_count()} CUDA devices are too few for torchrun's processes")
+    if args.batch_size % world_size:
+        raise UsageError(f"--batch-size {args.batch_size} cannot be divided equally among {world_size} processes")
+    if args.data_dir.exists() and not args.data_dir.is_dir():
+        raise UsageError(f"--data-dir {args.data_dir} is not a folder")
+    if not args.data and args.invert is not None:
+        raise UsageError("--invert and --no-invert need --data")
+    if args.eval_only and not args.load:
+        raise UsageError("--eval-only needs --load")
+    if args.eval_only and world_size > 1:
+        raise UsageError("--eval-only cannot be combined with torchrun")
+    if args.estimator == "traceenum" and args.baseline == "rnn":
+        raise UsageError("--baseline rnn cannot be combined with traceenum, which samples no z_pres")
+
+
+def run_folder(out: Path | None, load: Path | None, seed: int) -> Path:
+    """The folder that a run writes to. Raises UsageError if it cannot, or if something else is there."""
+    # A run's own checkpoint, not a copy or link of it somewhere else, is resumed where it is.
+    own = load and load.name == "checkpoint.pt" and not load.is_symlink() and is_run_folder(load.parent)
+    if load and not own and not out:
+        raise UsageError(f"{load} is not in the folder of a run: name a folder to resume it in with --out")
+    started = datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = out or (load.parent if load else Path("runs", f"{started}-seed{seed}"))
+    nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise UsageError(f"--out {out}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise UsageError(f"--out {out}: {nearest} cannot be written to")
+    if has_files(out) and not (own and out.resolve() == load.parent.resolve()):
+        raise UsageError(f"--out {out} already exists and is not empty; name another folder, or --load it to resume")
+    return out
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def positive(number: type, most: float = math.inf):
+    """An argparse type: numbers greater than 0, finite, and not greater than `most`."""
+
+    def parse(text: str):
+        value = number(text)
+        if not 0 < value <= most or value == math.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{number.__name__} greater than 0" + (f", at most {most:,}" if most < math.inf else "")
+    return parse
 
 
 def seed(text: str) -> int:
@@ -166,13 +197,6 @@ def seed(text: str) -> int:
     if not 0 <= int(text) < 2**32:
         raise ValueError
     return int(text)
-
-
-def object_size(text: str) -> float:
-    """An argparse type: a length in pixels, or a share."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
 
 
 def visdom(text: str) -> str:
@@ -190,116 +214,14 @@ def visdom_env(text: str) -> str:
     return text
 
 
-def positive(number: type, most: float = math.inf):
-    """An argparse type: numbers greater than 0, finite, and not greater than `most`."""
-
-    def parse(text: str):
-        value = number(text)
-        if not 0 < value <= most or value == math.inf:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"{number.__name__} greater than 0" + (f", at most {most:,}" if most < math.inf else "")
-    return parse
-
-
-def inherit(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: dict, path: Path):
-    """Parse again with the run's own flags as defaults; those that make the run what it is cannot change."""
-    names = (*INHERITED_ON_RESUME, *FROZEN_ON_RESUME)
-    flags = checkpoint["flags"] if isinstance(checkpoint.get("flags"), dict) else {}
-    missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng", "data_sha256", "usual"} - checkpoint.keys()
-    missing |= {flag(name) for name in names if name not in flags}
-    if missing:
-        raise CheckpointError(f"{path} is not of a run of this script: it has no {', '.join(sorted(missing))}")
-    # Nothing in a file is taken on trust: its flags are parsed as if they had been typed.
-    typed = [
-        (flag(name) if flags[name] else f"--no-{flag(name)[2:]}")
-        if isinstance(flags[name], bool)
-        else f"{flag(name)}={flags[name]}"
-        for name in names
-        if flags[name] is not None
-    ]
-    try:
-        own, unknown = make_parser(exit_on_error=False).parse_known_args(typed)
-        if unknown:
-            raise argparse.ArgumentError(None, unknown[0])
-    except argparse.ArgumentError as error:
-        raise CheckpointError(f"{path} has flags that are not of this script: {error}") from None
-    step, seconds = checkpoint["step"], checkpoint["seconds"]
-    if not (isinstance(step, int) and 0 <= step <= own.num_steps and isinstance(seconds, float) and seconds >= 0):
-        raise CheckpointError(f"{path} cannot be of step {step!r} after {seconds!r} seconds")
-    checkpoint["flags"] = vars(own)
-    parser.set_defaults(**{name: getattr(own, name) for name in names})
-    if parser.parse_args(argv).eval_only:
-        parser.set_defaults(data=None, invert=None)  # With it, --data is something else: images to evaluate on.
-    args = parser.parse_args(argv)
-    for name in FROZEN_ON_RESUME:
-        if name in ("model_steps", "invert") and args.eval_only:
-            continue  # More objects may be looked for than in training, in images that are stored in another way.
-        if getattr(args, name) != getattr(own, name):
-            raise UsageError(f"{flag(name)} {getattr(args, name)}: the loaded run has {getattr(own, name)}")
-    if args.num_steps < step:
-        raise UsageError(f"--num-steps {args.num_steps}: the run is already at step {step}")
-    args.load = path
-    return args
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def check(args, parser: argparse.ArgumentParser) -> None:
-    """Everything that can be known to be wrong before work starts. Fills in --out."""
-    world_size, _, local_rank = launched()
-    if args.cuda and not torch.cuda.is_available():
-        raise UsageError("--cuda: no CUDA device was found" + ("; --no-cuda computes on the CPU" if args.load else ""))
-    if args.cuda and local_rank >= torch.cuda.device_count():
-        raise UsageError(f"--cuda: {torch.cuda.device_count()} CUDA devices are too few for torchrun's processes")
-    if args.batch_size % world_size:
-        raise UsageError(f"--batch-size {args.batch_size} cannot be divided equally among {world_size} processes")
-    if args.data_dir.exists() and not args.data_dir.is_dir():
-        raise UsageError(f"--data-dir {args.data_dir} is not a folder")
-    if not args.data and args.invert is not None:
-        raise UsageError("--invert and --no-invert need --data")
-    if args.eval_only:
-        if not args.load:
-            raise UsageError("--eval-only needs --load")
-        for name, value in vars(args).items():
-            if name not in EVALUATION and value != parser.get_default(name):
-                raise UsageError(f"{flag(name)} cannot be combined with --eval-only")
-        if world_size > 1:
-            raise UsageError("--eval-only cannot be combined with torchrun")
-        return
-    if args.estimator == "traceenum" and args.baseline == "rnn":
-        raise UsageError("--baseline rnn cannot be combined with traceenum, which samples no z_pres")
-    if args.baseline is None:
-        args.baseline = "none" if args.estimator == "traceenum" else "rnn"
-    if args.baseline == "none" and args.baseline_learning_rate != parser.get_default("baseline_learning_rate"):
-        raise UsageError("--baseline-learning-rate: there is no baseline")
-    # A run's own checkpoint, not a copy or link of it somewhere else, is resumed where it is.
-    own = args.load and args.load.name == "checkpoint.pt" and not args.load.is_symlink()
-    own = own and is_run_folder(args.load.parent)
-    if not args.out:
-        if args.load and not own:
-            raise UsageError(f"{args.load} is not in the folder of a run: name a folder to resume it in with --out")
-        started = datetime.now().strftime("%Y%m%d-%H%M%S")
-        args.out = args.load.parent if args.load else Path("runs", f"{started}-seed{args.seed}")
-    nearest = next(path for path in (args.out, *args.out.absolute().parents) if os.path.lexists(path))
-    if not nearest.is_dir():
-        raise UsageError(f"--out {args.out}: {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK):
-        raise UsageError(f"--out {args.out}: {nearest} cannot be written to")
-    # Hidden files are the lock, and what a run that was killed had not finished writing.
-    used = args.out.exists() and any(file.name[0] != "." for file in args.out.iterdir())
-    if used and not (own and args.out.resolve() == args.load.parent.resolve()):
-        raise UsageError(
-            f"--out {args.out} already exists and is not empty; name another folder, or --load it to resume"
-        )
-
-
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Within it, an error that a user can act on ends the program with one line."""
+    """Within it, an error that a user can act on ends the program with one line.
+
+    With stderr closed, what would go there is dropped: Python would print it on stdout, among the results.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     try:
         yield
     except (CheckpointError, DataError, RunError, UsageError) as error:

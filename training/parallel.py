@@ -23,7 +23,7 @@ class ProcessLost(Exception):
 
 
 def launched() -> tuple[int, int, int]:
-    """What torchrun says: world size, rank and local rank of this process; without torchrun it is alone."""
+    """World size, rank and local rank of this process, as torchrun tells them; without torchrun it is alone."""
     if not dist.is_torchelastic_launched():
         return 1, 0, 0
     return tuple(int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
@@ -32,15 +32,13 @@ def launched() -> tuple[int, int, int]:
 class Processes:
     """The processes that train together, this one among them.
 
-    world_size: how many; rank: this one's number, 0 .. world_size - 1; is_main: whether it is 0, which
-    evaluates and writes the files; device: where it computes.
-    stop_signal: the number of the signal that this process was sent, to stop; should_stop: whether one of
-    the processes was, before the last step; all of them know it after the same step.
+    stop_signal: the signal that this process was sent, to stop; should_stop: whether one of the processes
+    was, before the last step; all of them know it after the same step.
     """
 
     def __init__(self, cuda: bool = False):
         self.world_size, self.rank, self.local_rank = launched()
-        self.is_main = self.rank == 0
+        self.is_main = self.rank == 0  # evaluates, draws and writes the files
         self.device = torch.device(f"cuda:{self.local_rank}" if cuda else "cpu")
         self.stop_signal, self.should_stop = None, False
         if cuda:
@@ -52,7 +50,7 @@ class Processes:
         self.barrier()
 
     def _call(self, collective, *args) -> None:
-        """One of torch.distributed's functions, which all processes have to call; alone, nothing.
+        """One of torch.distributed's functions, which all processes have to call. Alone, nothing is done.
 
         Tells its errors from those of the computation, which are RuntimeErrors as well.
         """
@@ -61,7 +59,7 @@ class Processes:
         try:
             collective(*args)
         except RuntimeError as error:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it; let it be said why, first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it; first, the reason.
             reason = str(error).splitlines()[0].split(". This is typically")[0]
             raise ProcessLost(f"another process of the job is lost ({reason})") from None
 
@@ -76,21 +74,22 @@ class Processes:
         """
         if self.world_size == 1:
             self.should_stop = self.stop_signal is not None
-            norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
-            return loss, torch.stack(norms).tolist()
-        parameters = [parameter for group in groups for parameter in group]
-        # Everything in one collective: gradients, loss, and whether to stop.
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        others = gradients[0].new_tensor([loss, self.stop_signal is not None])
-        total = torch.cat([*(gradient.flatten() for gradient in gradients), others])
-        self._call(dist.all_reduce, total)
-        *sums, others = total.split([gradient.numel() for gradient in gradients] + [2])
-        for parameter, its_sum in zip(parameters, sums):
-            parameter.grad = its_sum.view_as(parameter)
-        norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups]
-        loss, stop, *norms = torch.cat([others, torch.stack(norms)]).tolist()
-        self.should_stop = stop > 0
-        return loss, norms
+        else:  # Everything in one collective: gradients, loss, and whether to stop.
+            parameters = [parameter for group in groups for parameter in group]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            others = gradients[0].new_tensor([loss, self.stop_signal is not None])
+            total = torch.cat([*(gradient.flatten() for gradient in gradients), others])
+            self._call(dist.all_reduce, total)
+            *sums, others = total.split([gradient.numel() for gradient in gradients] + [2])
+            for parameter, its_sum in zip(parameters, sums):
+                parameter.grad = its_sum.view_as(parameter)
+            loss, self.should_stop = others[0].item(), bool(others[1] > 0)
+        norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+        return loss, torch.stack(norms).tolist()
+
+    def any_stop_signal(self) -> bool:
+        """Whether one of the processes was sent a signal to stop, also after the last step; all know the same."""
+        return bool(self.all_gather(torch.tensor([self.stop_signal is not None], dtype=torch.int)).any())
 
     def broadcast(self, tensors) -> None:
         """Give all processes the main one's values."""
@@ -99,11 +98,9 @@ class Processes:
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors `[k]` of all processes, one process after the other, `[world_size * k]`, on the CPU."""
-        if self.world_size == 1:
-            return tensor.flatten().cpu()
-        mine = tensor.flatten().to(self.device)
-        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
-        self._call(dist.all_gather, parts, mine)
+        mine = tensor.to(self.device)
+        parts = [mine] + [torch.empty_like(mine) for _ in range(self.world_size - 1)]
+        self._call(dist.all_gather, parts, mine.clone())
         return torch.cat(parts).cpu()
 
     def close(self) -> None:

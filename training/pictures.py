@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pyro import poutine
 from tqdm import tqdm
 
-from air import AIR, to_images
-from evaluation import Evaluation, seeded_rng
+from air import AIR
+from evaluation import Evaluation, evaluate, seeded_rng
 from multi_mnist import Scenes
 from training.checkpoint import write_file
 from training.run import RunError, read_metrics
@@ -18,14 +19,14 @@ TITLES = {
     "reconstruction": "{split} scenes, and what the model makes of them",
     "steps": "{split} scenes, step by step: what was seen (crop), what was painted (object), the canvas after it",
     "mistakes": "{split} scenes (of {images:,}) counted wrong: true count → inferred count",
-    "prior": "Scenes sampled from the model's prior: before it learned anything, and now",
+    "prior": "Scenes sampled from the model (without the noise of pixels): before it learned anything, and now",
     "curves": "Validation scenes, as it learns",
     "confusion": "{split} scenes: counts",
 }
 CURVES = {
     "ELBO, nats per image": "elbo",
     "count accuracy": "count_accuracy",
-    "steps per second, mean so far": "steps_per_s",
+    "steps per second, on average so far": "steps_per_s",
     "variance of the cost of a choice\nthat the baseline explains": "baseline_r2",
 }
 
@@ -40,13 +41,17 @@ class Pictures:
         self.folder, self.seed, self.lost = folder, seed, False
         self.dashboard = None if visdom == "off" else connect(visdom, env, folder)
 
-    def show(self, air: AIR, split: str, scenes: Scenes, evaluation: Evaluation) -> None:
+    def show(self, air: AIR, split: str, scenes: Scenes, evaluation: Evaluation | None = None) -> None:
         """Draw the pictures of a run as it stands, and show them in place of earlier ones.
 
-        All are sent each time, so that a server that was started again has all of them.
+        evaluation: of `scenes`, if it is there; otherwise the first 1,000 of them are evaluated.
+        All pictures are sent each time, so that a server that was started again has all of them.
         """
-        import viz
+        import viz  # only when it is used: matplotlib takes a second to import
 
+        if evaluation is None:
+            scenes = Scenes(*(None if part is None else part[:1000] for part in scenes))
+            evaluation = evaluate(air, scenes)
         pictures = draw(air, split, scenes, evaluation, read_metrics(self.folder), self.seed)
         for name, (_, picture) in pictures.items():
             write_file(self.folder / f"{name}.png", viz.png(picture))
@@ -67,7 +72,7 @@ class Pictures:
 
 def connect(visdom: str, env: str, folder: Path):
     """The dashboard, or None if there is none and none was asked for by its URL. Raises RunError as above."""
-    import viz  # only when it is used: matplotlib takes a second to import
+    import viz
 
     url = "http://localhost:8097" if visdom == "auto" else visdom
     try:
@@ -87,7 +92,7 @@ def draw(air: AIR, split: str, scenes: Scenes, evaluation: Evaluation, lines: li
     import viz
 
     first, counts = evaluation.first, evaluation.counts
-    x = to_images(scenes.x[: len(first.counts)]).numpy()
+    x = scenes.x[: len(first.counts)]
     boxes = [box[:count] for box, count in zip(evaluation.boxes, counts)]
     titles = {name: title.format(split=split.capitalize(), images=len(counts)) for name, title in TITLES.items()}
 
@@ -102,15 +107,14 @@ def draw(air: AIR, split: str, scenes: Scenes, evaluation: Evaluation, lines: li
         "reconstruction": viz.draw_scenes(
             *zip(*both), None, columns, titles["reconstruction"], labels=["scene", "model"] * len(rows)
         ),
-        "steps": viz.draw_steps(x[few], *steps, first.count_probs[few], title=titles["steps"]),
+        "steps": viz.draw_steps(x[few], *steps, first.q_count[few], title=titles["steps"]),
         "prior": viz.draw_scenes(prior_samples(air, seed), None, None, 10, titles["prior"], labels=["before", "now"]),
     }
     if scenes.counts is not None:
         wrong = np.flatnonzero(scenes.counts != counts)[:30]
         captions = [f"{scenes.counts[i]} → {counts[i]}" for i in wrong]
-        pictures["mistakes"] = viz.draw_scenes(
-            to_images(scenes.x[wrong]).numpy(), [boxes[i] for i in wrong], captions, columns, titles["mistakes"]
-        )
+        some = [boxes[i] for i in wrong]
+        pictures["mistakes"] = viz.draw_scenes(scenes.x[wrong], some, captions, columns, titles["mistakes"])
     validated = [line for line in lines if line["split"] == "validation"]
     if validated:
         steps, seconds, *curves = (
@@ -124,14 +128,19 @@ def draw(air: AIR, split: str, scenes: Scenes, evaluation: Evaluation, lines: li
     return {name: (titles[name], picture) for name, picture in pictures.items()}
 
 
+@torch.no_grad()
 def prior_samples(air: AIR, seed: int) -> np.ndarray:
-    """Twenty scenes `[20, h, h]` from the prior: ten as they were painted before training, ten as they are now."""
-    device = next(air.parameters()).device
-    with seeded_rng(device, seed):
-        untrained = AIR(**air.config).to(device)
-    counts = torch.arange(1, 11, device=device) % (air.num_steps + 1)
+    """Twenty scenes `[20, h, h]` of the model, run forward: ten as they were painted before training, ten as now.
+
+    With given numbers of objects, and as the mean of what "x" is sampled from.
+    """
+    with seeded_rng(air.z_where_loc.device, seed):
+        untrained = AIR(**air.config).to(air.z_where_loc.device)
+    counts = torch.arange(1, 11, device=air.z_where_loc.device) % (air.max_objects + 1)
+    given = {f"z_pres_{t}": (counts > t).to(air.z_where_loc) for t in range(air.max_objects)}
     samples = []
     for painter in (untrained, air):
-        with seeded_rng(device):
-            samples.append(painter.prior_samples(counts).cpu().numpy())
+        with seeded_rng(air.z_where_loc.device):
+            trace = poutine.trace(poutine.condition(painter.model, given)).get_trace(num_scenes=len(counts))
+        samples.append(trace.nodes["x"]["fn"].mean.clamp(0, 1).cpu().numpy())
     return np.concatenate(samples)

@@ -1,283 +1,178 @@
-"""A training run: its progress, its folder, and what ends it.
+"""A run's folder: `config.json`, `metrics.jsonl`, `checkpoint.pt`, the pictures and a lock; and what stops a run.
 
-The folder has `config.json`, `metrics.jsonl`, `checkpoint.pt`, the pictures and a lock. Files are replaced at once or
-not at all, so that a run that is killed at any moment can be resumed.
+Files are replaced at once or not at all, so that a run that is killed at any moment can be resumed.
 """
 
 import json
-import math
 import os
 import platform
 import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyro
 import torch
-import torchvision
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from air import to_images
-from evaluation import Evaluation
-from training.checkpoint import CheckpointError, read_usual, save_checkpoint, write_file
+from air import AIR
+from evaluation import ReferenceStats
+from multi_mnist import one_line
+from training.checkpoint import CheckpointError, read_reference, save_checkpoint, write_file
 from training.parallel import Processes
-from training.svi import NonFiniteError
 
-# So many skipped steps within so many end a run.
-MAX_SKIPPED_STEPS, SKIPPED_WITHIN = 3, 100
+# Ctrl-C, and what schedulers, terminals and resource limits send.
+STOP_SIGNALS = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
 
 
 class RunError(Exception):
     """A run cannot begin or go on in this folder; the message says why."""
 
 
-class Run:
-    """A run's progress, and its folder. A context manager: within it, no other run writes to the folder.
+@dataclass
+class State:
+    """How far a run is."""
 
-    step, seconds: how far it is, and how long that took (training only).
-    Raises RunError or CheckpointError, before anything is changed, if `checkpoint` cannot be resumed in the
-    folder `args.out`, with the images that have the checksum `data_sha256`.
-    """
+    step: int = 0
+    seconds: float = 0.0  # of training only
+    reference: ReferenceStats | None = None  # once the run is finished
 
-    def __init__(self, args, air, optimizer, processes: Processes, data_sha256: str, checkpoint: dict | None = None):
-        self.args, self.air, self.optimizer, self.processes = args, air, optimizer, processes
-        self.folder, self.data_sha256 = args.out, data_sha256
-        self.step, self.seconds, self.accuracy, self.usual, self.earlier_lines = 0, 0.0, "-", None, []
-        self.advanced, self.skipped = False, []  # whether the latest mini-batch was learned from; steps that were not
-        if checkpoint:
-            resumed = args.load.parent
-            if self.folder.resolve() == resumed.resolve() and checkpoint["data_sha256"] != data_sha256:
-                raise RunError(f"{resumed} was trained on other images: name another folder to resume it in with --out")
-            self.restore(checkpoint)
-            if is_run_folder(resumed):
-                lines = read_metrics(resumed)
-                self.earlier_lines = [x for x in lines if x["step"] <= self.step and x["split"] != "test"]
-        elif not processes.is_main:
-            self.seed_own_stream()
-        if len(processes.all_gather(torch.tensor([self.step])).unique()) > 1:
-            raise RunError("the machines' checkpoints are of different steps: copy the run's folder to all of them")
-
-    def __enter__(self) -> "Run":
-        if not self.processes.is_main:
-            return self
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise RunError(f"another process is training in {self.folder}") from None
-        for name in ("checkpoint.pt", "config.json", "metrics.jsonl", "*.png"):
-            for half_written in self.folder.glob(f".{name}.*"):  # by a process that was killed
-                half_written.unlink()
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__}
-        versions |= {"torchvision": torchvision.__version__, "numpy": np.__version__}
-        config = {"flags": plain_values(self.args), "air": self.air.config, "versions": versions}
-        config |= {"world_size": self.processes.world_size, "threads": torch.get_num_threads()}
-        write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.earlier_lines))
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if not self.processes.is_main:
-            return
-        self.lock.release()
-        if error and not isinstance(error, SystemExit) and (self.folder / "checkpoint.pt").exists():
-            with perhaps_unread():
-                print(f"--load {self.folder} resumes from the last checkpoint", file=sys.stderr)
-
-    # ------------------------------------------------------------------------------- the loop
-
-    def mini_batches(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Mini-batches of floats, drawn from the images `x`, uint8, until the last step or a stop signal."""
-        n, size = self.args.num_steps, self.args.batch_size // self.processes.world_size
-        bar = tqdm(
-            total=n,
-            initial=self.step,
-            unit="step",
-            mininterval=0.5,
-            smoothing=0.05,
-            disable=not self.processes.is_main,
-        )
-        # Ctrl-C ends the reader of `2>&1 | tee log` as well.
-        with perhaps_unread(), stop_signals(self.processes), bar as self.bar:
-            while self.step < n and not self.processes.should_stop:
-                self.started = time.perf_counter()
-                yield to_images(x[torch.randint(len(x), (size,), device=x.device)])
-            stop = torch.tensor([self.processes.stop_signal is not None], dtype=torch.int)  # during an evaluation
-            self.processes.should_stop = bool(self.processes.all_gather(stop).any())
-
-    def finish_step(self, loss: float) -> None:
-        """Count a step, or skip it if `svi.step` returned a loss that is not finite.
-
-        Raises NonFiniteError where too many were skipped.
-        """
-        self.advanced = math.isfinite(loss)
-        if self.advanced:
-            self.step += 1
-            self.seconds += time.perf_counter() - self.started
-        else:
-            self.skip_step()
-        if self.processes.should_stop:
-            self.save()
-        elif self.advanced and not self.processes.stop_signal:  # After a signal nobody may be there to see the bar.
-            elbo = -loss / self.args.batch_size
-            self.bar.set_postfix_str(f"ELBO {elbo:.1f}, validation accuracy {self.accuracy}", refresh=False)
-            self.bar.update()
-
-    def skip_step(self) -> None:
-        if self.processes.is_main:
-            tqdm.write(f"skipped step {self.step + 1}: loss or gradient is not finite", sys.stderr)
-        self.skipped = [step for step in self.skipped if step > self.step - SKIPPED_WITHIN] + [self.step]
-        if len(self.skipped) == MAX_SKIPPED_STEPS:
-            counts = f"{MAX_SKIPPED_STEPS} of {SKIPPED_WITHIN} steps were skipped"
-            raise NonFiniteError(f"{counts}, loss or gradient is not finite; a smaller --learning-rate may help")
-
-    def is_due(self, every: int) -> bool:
+    def is_due(self, every: int, num_steps: int) -> bool:
         """Whether something that is done every so many steps, and after the last one, is to be done now."""
-        return self.advanced and (self.step % every == 0 or self.step == self.args.num_steps)
-
-    # ------------------------------------------------------------------------------ the folder
-
-    def record(self, split: str, evaluation: Evaluation) -> dict:
-        """Append a line to metrics.jsonl, and return it. Checkpoints know what is usual on the validation scenes."""
-        line = metrics_line(split, self.step, self.seconds, evaluation.metrics)
-        if split == "validation":
-            self.usual = evaluation.usual
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.accuracy = "-" if line["count_accuracy"] is None else f"{line['count_accuracy']:.2%}"
-        return line
-
-    def save(self) -> None:
-        """Write the checkpoint; all processes have to call it, for their random numbers.
-
-        Raises NonFiniteError, and leaves the earlier one, if it could not be loaded again.
-        """
-        self.check_parameters()
-        state = self.optimizer.state_dict()
-        rng = self.processes.all_gather(torch.get_rng_state())
-        cuda_rng = self.processes.all_gather(torch.cuda.get_rng_state()) if self.args.cuda else None
-        if self.processes.is_main:
-            progress = {"step": self.step, "seconds": self.seconds, "data_sha256": self.data_sha256}
-            progress |= {"flags": plain_values(self.args), "optimizer": state}
-            progress |= {"usual": self.usual and self.usual._asdict()}
-            save_checkpoint(self.folder / "checkpoint.pt", self.air, **progress, rng=rng, cuda_rng=cuda_rng)
-
-    def check_parameters(self) -> None:
-        """Raise NonFiniteError if parameters or optimizer are not finite: nothing can be learned from there."""
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        if not all(value.isfinite().all() for value in [*self.air.parameters(), *moments]):
-            raise NonFiniteError(f"after step {self.step} the parameters are not finite, and are not saved")
-
-    def restore(self, checkpoint: dict) -> None:
-        """Progress, the optimizer's moments and the random numbers' state as they were. Raises CheckpointError.
-
-        With another number of processes than before, the random numbers are others.
-        """
-        world_size, rank = self.processes.world_size, self.processes.rank
-        try:
-            state, groups = checkpoint["optimizer"]["state"], self.optimizer.state_dict()["param_groups"]
-            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            for number, moments in state.items():
-                shapes = {name: parameters[number].shape for name in ("exp_avg", "exp_avg_sq")} | {"step": ()}
-                if {name: tuple(value.shape) for name, value in moments.items()} != shapes:
-                    raise ValueError("the optimizer's state does not fit the parameters")
-                if not all(value.isfinite().all() for value in moments.values()):
-                    raise ValueError("the optimizer's state is not finite")
-            for group, saved in zip(groups, checkpoint["optimizer"]["param_groups"], strict=True):
-                group["running_norm"] = float(saved["running_norm"])
-                if not 0 <= group["running_norm"] < math.inf:
-                    raise ValueError("the gradient's running norm is not finite")
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-            self.step, self.seconds, self.usual = checkpoint["step"], checkpoint["seconds"], read_usual(checkpoint)
-            states = checkpoint["rng"].view(-1, len(torch.get_rng_state()))
-            if len(states) != world_size or (self.args.cuda and checkpoint["cuda_rng"] is None):
-                self.seed_own_stream()
-            else:
-                torch.set_rng_state(states[rank].clone())  # PyTorch does not take a part of a tensor for one.
-                if self.args.cuda:
-                    torch.cuda.set_rng_state(checkpoint["cuda_rng"].view(world_size, -1)[rank].clone())
-        except Exception as error:  # Whatever goes wrong, the file is at fault.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{self.args.load} cannot be resumed: {reason}") from None
-
-    def seed_own_stream(self) -> None:
-        """Random numbers of this process, from this step on."""
-        of_this = np.random.SeedSequence([self.args.seed, self.processes.rank, self.step])
-        torch.manual_seed(int(of_this.generate_state(1)[0]))
-
-    def exit_on_signal(self) -> None:
-        """End the program as one that a signal ended."""
-        self.processes.barrier()  # torchrun ends all others as soon as one has ended.
-        number = self.processes.stop_signal or signal.SIGTERM  # The other processes were told by the one that was.
-        if self.processes.is_main:
-            with perhaps_unread():
-                print(f"{number.name} after step {self.step}: --load {self.folder} resumes from here", file=sys.stderr)
-        sys.exit(128 + number)
+        return self.step % every == 0 or self.step == num_steps
 
 
 @contextmanager
-def perhaps_unread() -> Iterator[None]:
-    """Within it, stderr may have lost its reader; what is written there from then on is dropped.
+def claim(folder: Path, resumes: bool) -> Iterator[None]:
+    """Within it, no other run writes to the folder, which is made if it is not there.
 
-    Otherwise Python, which flushes stderr at its end, would end with status 120.
+    What is in the folder has to be read within it: before, another run may still change it.
+    Raises RunError if another run has it, or if there are files in it although no run `resumes` there.
     """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
     try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
-@contextmanager
-def stop_signals(processes: Processes) -> Iterator[None]:
-    """Within it, SIGINT and SIGTERM are only noted in `processes`; a second one acts.
-
-    (In a thread that is not the main one, they are left alone: Python does not let it handle signals.)
-    """
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
-
-    def note(number, frame):
-        processes.stop_signal = signal.Signals(number)
-        signal.signal(number, handlers[number])
-
-    for number in handlers:
-        signal.signal(number, note)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"another process is training in {folder}") from None
+    except OSError as error:
+        raise RunError(f"{folder} cannot be locked: {error.strerror or error}") from None
     try:
+        if not resumes and has_files(folder):
+            raise RunError(f"{folder} already exists and is not empty: another run began there meanwhile")
+        for half_written in folder.glob(".*.[0-9]*"):  # by a process that was killed
+            half_written.unlink()
         yield
     finally:
-        for number, handler in handlers.items():
-            if signal.getsignal(number) is note:
-                signal.signal(number, handler)
+        if made and not has_files(folder):  # It failed before it began.
+            (folder / ".lock").unlink()
+            folder.rmdir()
+        lock.release()
 
 
-def plain_values(args) -> dict:
+def has_files(folder: Path) -> bool:
+    """Whether there is anything in it but the lock, and what a run that was killed had not finished writing."""
+    return folder.exists() and any(file.name[0] != "." for file in folder.iterdir())
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether there is a config.json of ours."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).keys() >= {"flags", "air", "versions"}
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def begin(
+    folder: Path, load: Path | None, checkpoint: dict | None, air: AIR, optimizer, processes: Processes, flags: dict
+) -> State:
+    """Where a run begins: at step 0, or where the checkpoint at `load` was. Writes the first files of its folder.
+
+    Raises CheckpointError or RunError, before anything is changed, if the checkpoint cannot be resumed.
+    """
+    state, has_stream = State(), processes.is_main
+    if checkpoint:
+        state, has_stream = resume(checkpoint, load, optimizer, processes)
+    if not has_stream:
+        stream = np.random.SeedSequence([flags["seed"], processes.rank, state.step])
+        torch.manual_seed(int(stream.generate_state(1)[0]))
+    if len(processes.all_gather(torch.tensor([state.step])).unique()) > 1:
+        raise RunError("the machines' checkpoints are of different steps: copy the run's folder to all of them")
+    if processes.is_main:
+        lines = read_metrics(load.parent) if load else []
+        lines = [json.dumps(line) for line in lines if line["step"] <= state.step and line["split"] != "test"]
+        versions = {package.__name__: package.__version__ for package in (torch, pyro, np)}
+        config = {"flags": flags, "air": air.config, "versions": {"python": platform.python_version()} | versions}
+        config |= {"world_size": processes.world_size, "threads": torch.get_num_threads()}
+        write_file(folder / "config.json", f"{json.dumps(config, indent=2)}\n".encode())
+        write_file(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    return state
+
+
+def save(folder: Path, air: AIR, optimizer, state: State, processes: Processes, flags: dict, data_sha256: str) -> None:
+    """Write the checkpoint. All processes have to call it, for their random numbers."""
+    cuda = processes.device.type == "cuda"
+    rng = processes.all_gather(torch.get_rng_state()).view(processes.world_size, -1)
+    cuda_rng = processes.all_gather(torch.cuda.get_rng_state()).view(processes.world_size, -1) if cuda else None
+    if processes.is_main:
+        reference = state.reference and state.reference._asdict()
+        others = {"step": state.step, "seconds": state.seconds, "reference": reference, "data_sha256": data_sha256}
+        others |= {"flags": flags, "optimizer": optimizer.state_dict(), "rng": rng, "cuda_rng": cuda_rng}
+        save_checkpoint(folder / "checkpoint.pt", air, **others)
+
+
+def resume(checkpoint: dict, path: Path, optimizer, processes: Processes) -> tuple[State, bool]:
+    """Progress, optimizer and random numbers as they were; and whether this process has such random numbers.
+
+    It has not where the number of processes or the kind of device was another. Raises CheckpointError.
+    """
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, moments in optimizer.state.items():
+            for name, value in moments.items():
+                if not value.isfinite().all() or (name != "step" and value.shape != parameter.shape):
+                    raise ValueError("the optimizer's state is not finite or does not fit the parameters")
+        rng, cuda_rng, cuda = checkpoint["rng"], checkpoint["cuda_rng"], processes.device.type == "cuda"
+        has_stream = len(rng) == processes.world_size and not (cuda and cuda_rng is None)
+        if has_stream:
+            torch.set_rng_state(rng[processes.rank].clone())  # PyTorch does not take a part of a tensor for one.
+            if cuda:
+                torch.cuda.set_rng_state(cuda_rng[processes.rank].clone())
+        state = State(int(checkpoint["step"]), float(checkpoint["seconds"]), read_reference(checkpoint, path))
+    except Exception as error:  # Whatever goes wrong, the file is at fault.
+        raise CheckpointError(f"{path} cannot be resumed: {one_line(error)}") from None
+    return state, has_stream
+
+
+def plain_flags(args) -> dict:
     """The flags as plain values, without a password that is in the URL of visdom."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     return values | {"visdom": re.sub("//.*@", "//", args.visdom)}
 
 
-def write_text(path: Path, text: str) -> None:
-    write_file(path, text.encode())
-
-
-def metrics_line(split: str, step: int, seconds: float, metrics: dict) -> dict:
+def metrics_line(split: str, state: State, metrics: dict) -> dict:
     """A line of metrics.jsonl."""
-    steps_per_s = round(step / seconds, 2) if seconds else None
-    return {"split": split, "step": step, "seconds": round(seconds, 3), "steps_per_s": steps_per_s} | metrics
+    speed = round(state.step / state.seconds, 2) if state.seconds else None
+    return {"split": split, "step": state.step, "seconds": round(state.seconds, 3), "steps_per_s": speed} | metrics
+
+
+def record(folder: Path, split: str, state: State, metrics: dict) -> dict:
+    """Append a line to metrics.jsonl, and return it."""
+    line = metrics_line(split, state, metrics)
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return line
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl in a run's folder. Raises RunError if it is damaged."""
+    """The lines of metrics.jsonl in a run's folder, if there is one. Raises RunError if it is damaged."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
     try:
@@ -289,9 +184,59 @@ def read_metrics(folder: Path) -> list[dict]:
     return parsed
 
 
-def is_run_folder(folder: Path) -> bool:
-    """Whether there is a config.json of ours."""
+# ----------------------------------------------------------------------------- the loop, and its end
+
+
+@contextmanager
+def progress_bar(state: State, num_steps: int, processes: Processes) -> Iterator[tqdm]:
+    bar = tqdm(total=num_steps, initial=state.step, unit="step", mininterval=0.5, disable=not processes.is_main)
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).keys() >= {"flags", "air", "versions"}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+        yield bar
+    finally:
+        with ignore_broken_pipe():
+            bar.close()
+
+
+@contextmanager
+def stop_signals(processes: Processes) -> Iterator[None]:
+    """Within it, the signals that stop a run are only noted, in `processes`; those that are ignored stay so.
+
+    (In a thread that is not the main one, they are left alone: Python does not let it handle signals.)
+    """
+
+    def note(number, frame):
+        processes.stop_signal = signal.Signals(number)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in signal.Signals if number.name in STOP_SIGNALS}
+        handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def exit_on_signal(processes: Processes, folder: Path, step: int) -> None:
+    """End the program as one that a signal ended."""
+    processes.barrier()  # torchrun ends all others as soon as one has ended.
+    number = processes.stop_signal or signal.SIGTERM  # The other processes were told by the one that was sent it.
+    if processes.is_main:
+        with ignore_broken_pipe():
+            print(f"{number.name} after step {step}: --load {folder} resumes from here", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+@contextmanager
+def ignore_broken_pipe() -> Iterator[None]:
+    """Within it, stderr may have lost its reader: Ctrl-C ends that of `2>&1 | tee log` as well.
+
+    Without it, Python, which flushes stderr at its end, would end with status 120.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
