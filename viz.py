@@ -1,278 +1,205 @@
 """Pictures of scenes and of learning, as RGB arrays, and the visdom server that shows them.
 
-The functions that draw are pure: arrays in, an array out (uint8 `[height, width, 3]`). What shows
-such pictures knows nothing of what is on them.
+The functions that draw return uint8 `[height, width, 3]`. They take grey images `[h, w]`, light on black, uint8 (255 is
+white) or floats in [0, 1], and boxes `(x, y, w, h)` in pixels of their image, in the order of the steps.
 """
 
 import io
 import json
-import logging
-import re
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
+from cycler import cycler
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-from urllib3.exceptions import HTTPError
 
-# A step's boxes, told apart by colour (the paper's) and, for those who cannot see it, by line style.
-STEP_STYLES = [
-    ("red", "-"),
-    ("limegreen", "--"),
-    ("deepskyblue", ":"),
-    ("orange", "-."),
-    ("magenta", "-"),
-    ("yellow", "--"),
-]
-CELL = 1.1  # inches that an image takes, at DPI dots per inch
-DPI = 110
+DPI = 110  # pixels to an inch
+# The steps' boxes: the paper's colours, and kinds of lines for readers who cannot tell colours apart.
+COLOURS = ["red", "limegreen", "deepskyblue", "orange", "magenta", "yellow"]
+BOX_STYLES = cycler(ec=COLOURS, ls=["-", "--", ":", "-.", "-", "--"])
+TIMEOUT = 3, 5  # seconds that a visdom server has to accept a connection, and to answer
+URL_EXAMPLE = "http://user:password@host:8097/base (in a password, / is written as %2F, ? as %3F, # as %23)"
 
 
-# --------------------------------------------------------------------------------------- scenes
-
-
-def draw_scenes(images, boxes=None, captions=None, columns=10, title=None, labels=None) -> np.ndarray:
-    """A grid of grey images with boxes on them.
-
-    images: `[n, h, w]`, uint8 or floats in [0, 1]. boxes: for each image an array `[k, 4]` of
-    `(x, y, w, h)` in pixels, in the order of the steps; a legend says which style belongs to which
-    step. captions: a short text above each image. labels: one to the left of each row.
-    """
-    rows = max(1, -(-len(images) // columns))
-    axis = sheet(rows, columns, title, labels)
+def draw_scenes(images, boxes=None, captions=None, columns=10, title=None, labels=None, size=(1.1, 1.1)) -> np.ndarray:
+    """Images `[n, h, w]`, each with boxes `[k, 4]` and a text above it; labels of rows; size of an image in inches."""
+    sheet = Sheet(max(1, -(-len(images) // columns)), columns, title, labels, *size)
     for i, image in enumerate(images):
-        draw_image(axis, divmod(i, columns), image, () if boxes is None else boxes[i])
-        if captions is not None:
-            caption(axis, divmod(i, columns), captions[i])
-    return render(axis.figure, most=0 if boxes is None else max(map(len, boxes), default=0))
+        sheet.draw_image(divmod(i, columns), image, () if boxes is None else boxes[i])
+        sheet.write(divmod(i, columns), "" if captions is None else captions[i])
+    return render(sheet.axis.figure)
 
 
-def draw_scene(image, boxes, caption: str) -> np.ndarray:
-    """One grey image of any shape `[h, w]`, uint8 or floats in [0, 1], with boxes `[k, 4]` and a text above it."""
+def draw_scene(image: np.ndarray, boxes, caption: str) -> np.ndarray:
+    """One image of any size `[h, w]`, drawn at least 480 pixels long, with boxes `[k, 4]` and a text above it."""
     step = -(-max(image.shape) // 1000)  # a photograph has more pixels than are needed here
-    image, boxes = image[::step, ::step], np.asarray(boxes) / step
-    h, w = image.shape
+    h, w = image[::step, ::step].shape
     pixel = max(1, 480 / max(h, w)) / DPI
-    width, height = w * pixel + 0.2, h * pixel + 0.7
-    figure = Figure(figsize=(width, height), dpi=DPI)
-    axis = figure.add_axes([0.1 / width, 0.35 / height, w * pixel / width, h * pixel / height])
-    axis.set(xlim=(0, 1), ylim=(0.22 + h / w, 0.22))  # where draw_image puts the first image of a sheet
-    axis.set_axis_off()
-    draw_image(axis, (0, 0), image, boxes)
-    figure.text(0.5, 1 - 0.2 / height, caption, fontsize=9, ha="center", va="center")
-    return render(figure, most=len(boxes))
+    return draw_scenes([image[::step, ::step]], [np.divide(boxes, step)], [caption], 1, size=(w * pixel, h * pixel))
 
 
-def draw_steps(images, boxes, counts, x_att, y_att, canvases, count_probs, title=None) -> np.ndarray:
-    """How each scene is taken apart, one in a row: the image, what every step saw and painted, and q(count).
+def draw_steps(images, boxes, counts, x_att, y_att, canvases, q_count, title=None) -> np.ndarray:
+    """How scenes are taken apart, one in a row: the image, what every step saw and painted, and q(count) as bars.
 
-    images `[n, h, w]`, boxes `[n, T, 4]`, counts `[n]`, x_att and y_att `[n, T, w, w]`, canvases
-    `[n, T + 1, h, h]`, count_probs `[n, T + 1]`. Steps that a scene did not use stay empty.
+    images `[n, h, w]`, boxes `[n, T, 4]`, counts `[n]`, x_att and y_att `[n, T, w, w]`, canvases `[n, T + 1, h, w]`
+    (with 0, 1, .. objects), q_count `[n, T + 1]`. Steps that a scene did not use stay empty.
     """
-    num_steps = int(max(counts, default=0))  # no columns that no scene uses
-    axis = sheet(len(images), 2 + 3 * num_steps, title)
+    most = max(counts, default=0)  # no columns that no scene uses
+    sheet = Sheet(len(images), 2 + 3 * most, title)
     for row, count in enumerate(counts):
-        draw_image(axis, (row, 0), images[row], boxes[row][:count])
+        sheet.draw_image((row, 0), images[row], boxes[row][:count])
         for t in range(count):
             for k, image in enumerate((x_att[row, t], y_att[row, t], canvases[row, t + 1])):
-                draw_image(axis, (row, 1 + 3 * t + k), image)
-        draw_bars(axis, (row, 1 + 3 * num_steps), count_probs[row])
-    names = ["image"] + [f"{t + 1}: {name}" for t in range(num_steps) for name in ("crop", "object", "canvas")]
-    for column, name in enumerate([*names, "q(count)"]):
-        caption(axis, (0, column), name)
-    return render(axis.figure, most=int(max(counts, default=0)))
+                sheet.draw_image((row, 1 + 3 * t + k), image)
+        sheet.draw_bars((row, 1 + 3 * most), q_count[row])
+    names = [f"{t + 1}: {name}" for t in range(most) for name in ("crop", "object", "canvas")]
+    for column, name in enumerate(["image", *names, "q(count)"]):
+        sheet.write((0, column), name)
+    return render(sheet.axis.figure)
 
 
-def sheet(rows: int, columns: int, title=None, labels=None):
-    """An axis on which images have places (row, column), each one unit wide. (An axis for each would take seconds.)"""
-    left, top = (0.9 if labels else 0.1), (0.45 if title else 0.1)
-    width, height = left + CELL * 1.08 * columns + 0.1, top + CELL * 1.25 * rows + 0.35
-    figure = Figure(figsize=(width, height), dpi=DPI)
-    axis = figure.add_axes([left / width, 0.35 / height, CELL * 1.08 * columns / width, CELL * 1.25 * rows / height])
-    axis.set(xlim=(0, 1.08 * columns), ylim=(1.25 * rows, 0))
-    axis.set_axis_off()
-    if title:
-        figure.suptitle(title, fontsize=10, y=1 - 0.08 / height)
-    for row, label in enumerate(labels or ()):
-        axis.text(-0.05, 1.25 * row + 0.72, label, fontsize=8, ha="right", va="center")
-    return axis
+class Sheet:
+    """Images in rows and columns, on one axis in inches from the upper left. (An axis for each would take seconds.)"""
+
+    def __init__(self, rows: int, columns: int, title=None, labels=None, width=1.1, height=1.1):
+        self.width, self.height = width, height  # of an image, in inches
+        self.left, self.top = (0.9 if labels else 0.1), (0.45 if title else 0.1) + 0.242
+        size = np.add(self.corner((rows, columns)), (0.1, 0.108))
+        figure = Figure(figsize=size, dpi=DPI)
+        figure.suptitle(title or "", fontsize=10, y=1 - 0.08 / size[1])
+        self.axis = figure.add_axes([0, 0, 1, 1], xlim=(0, size[0]), ylim=(size[1], 0))
+        self.axis.set_axis_off()
+        for row, label in enumerate(labels or ()):
+            left, top = self.corner((row, 0))
+            self.axis.text(left - 0.055, top + height / 2, label, fontsize=8, ha="right", va="center")
+
+    def corner(self, place: tuple[int, int]) -> tuple[float, float]:
+        """The upper left corner of the image at a place (row, column)."""
+        return self.left + (self.width + 0.088) * place[1], self.top + (self.height + 0.275) * place[0]
+
+    def draw_image(self, place, image, boxes=()) -> None:
+        """An image and its boxes, in whose units pixel (0, 0) covers [0, 1] x [0, 1]."""
+        (left, top), (h, w) = self.corner(place), image.shape
+        pixel, white = self.width / w, 255 if image.dtype == np.uint8 else 1
+        extent = left, left + self.width, top + h * pixel, top
+        self.axis.imshow(image, "gray", vmin=0, vmax=white, extent=extent, interpolation="nearest", aspect="auto")
+        for t, ((x, y, *size), style) in enumerate(zip(np.asarray(boxes) * pixel, BOX_STYLES()), 1):
+            self.axis.add_patch(Rectangle((left + x, top + y), *size, fill=False, lw=1.5, label=f"step {t}", **style))
+
+    def draw_bars(self, place, probs: np.ndarray) -> None:
+        """Probabilities of 0, 1, .. as bars."""
+        (left, top), step = self.corner(place), self.width / len(probs)
+        x, zero = left + step * (np.arange(len(probs)) + 0.5), top + 0.85 * self.height
+        self.axis.bar(x, -0.85 * self.height * probs, 0.8 * step, zero, color="0.3", ec="0.3")
+        for n in range(len(probs)):
+            self.axis.text(x[n], top + 0.98 * self.height, n, fontsize=7, ha="center")
+
+    def write(self, place, text) -> None:
+        """A text above the image at a place."""
+        left, top = self.corner(place)
+        self.axis.text(left + self.width / 2, top - 0.055, text, fontsize=8, ha="center")
 
 
-def draw_image(axis, place, image, boxes=()) -> None:
-    """One grey image and its boxes, at sub-pixel position, at a place of a sheet."""
-    left, top = 1.08 * place[1], 1.25 * place[0] + 0.22
-    h, w = image.shape
-    white = 255 if image.dtype == np.uint8 else 1.0
-    # Pixel (0, 0) covers [0, 1] x [0, 1] in the boxes' units.
-    extent = (left, left + 1, top + h / w, top)
-    axis.imshow(image, cmap="gray", vmin=0, vmax=white, extent=extent, interpolation="nearest", aspect="auto")
-    for t, box in enumerate(boxes):
-        x, y, box_w, box_h = np.asarray(box) / w
-        colour, style = step_style(t)
-        axis.add_patch(Rectangle((left + x, top + y), box_w, box_h, fill=False, ec=colour, ls=style, lw=1.5))
-
-
-def draw_bars(axis, place, probs) -> None:
-    """Probabilities of 0, 1, .. as bars, at a place of a sheet."""
-    left, top = 1.08 * place[1], 1.25 * place[0] + 0.22
-    width = 1 / len(probs)
-    for n, p in enumerate(probs):
-        axis.add_patch(Rectangle((left + (n + 0.1) * width, top + 0.85), 0.8 * width, -0.85 * float(p), color="0.3"))
-        axis.text(left + (n + 0.5) * width, top + 0.98, n, fontsize=7, ha="center")
-
-
-def caption(axis, place, text) -> None:
-    axis.text(1.08 * place[1] + 0.5, 1.25 * place[0] + 0.17, text, fontsize=8, ha="center")
-
-
-def step_style(t: int) -> tuple[str, str]:
-    return STEP_STYLES[t % len(STEP_STYLES)]
-
-
-# ------------------------------------------------------------------------------------- learning
-
-
-def draw_curves(curves, title=None) -> np.ndarray:
-    """Curves over steps (above) and over minutes (below).
-
-    curves: a dictionary from names to triples of equally long lists: steps, seconds and values. A
-    value may be None.
-    """
+def draw_curves(curves: dict, title=None) -> np.ndarray:
+    """Curves by name, over steps (above) and over minutes (below): triples of steps, seconds, values (may be None)."""
     figure = Figure(figsize=(2.9 * len(curves), 4.6), dpi=DPI)
     axes = figure.subplots(2, len(curves), squeeze=False)
     figure.subplots_adjust(left=0.05, right=0.99, top=0.86, bottom=0.1, wspace=0.25, hspace=0.35)
-    for column, (name, (steps, seconds, values)) in zip(axes.T, curves.items()):
-        values = np.array(values, float)
-        for axis, at, unit in zip(column, (steps, np.divide(seconds, 60)), ("step", "minutes of training")):
-            axis.plot(at, values, ".-", color="C0")
+    for (above, below), (name, (steps, seconds, values)) in zip(axes.T, curves.items()):
+        above.set_title(name, fontsize=9)
+        for axis, at, unit in (above, steps, "step"), (below, np.divide(seconds, 60), "minutes of training"):
+            axis.plot(at, np.array(values, float), ".-")
             axis.set_xlabel(unit, fontsize=8)
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)
-        column[0].set_title(name, fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=10)
+    figure.suptitle(title or "", fontsize=10)
     return render(figure)
 
 
 def draw_confusion(confusion, title=None) -> np.ndarray:
-    """True against inferred count, `[true, inferred]` numbers of images, as a heat map of each row's shares."""
+    """True against inferred count, numbers of images `[true, inferred]`, as a heat map of each row's shares."""
     confusion = np.asarray(confusion)
     shares = confusion / confusion.sum(1, keepdims=True).clip(min=1)
     rows, columns = confusion.shape
     figure = Figure(figsize=(1.3 + 1.0 * columns, 1.3 + 0.8 * rows), dpi=DPI, layout="tight")
     axis = figure.subplots()
-    # The few errors shall be seen beside the many that are right.
-    axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.4, 0, 1))
-    for true, inferred in np.ndindex(confusion.shape):
+    axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.4, 0, 1))  # a few errors are seen beside the many that are right
+    for (true, inferred), n in np.ndenumerate(confusion):
         colour = "white" if shares[true, inferred] > 0.3 else "black"
-        axis.text(inferred, true, f"{confusion[true, inferred]:,}", ha="center", va="center", color=colour, fontsize=9)
+        axis.text(inferred, true, f"{n:,}", ha="center", va="center", color=colour, fontsize=9)
     axis.set(xlabel="inferred count", ylabel="true count", xticks=range(columns), yticks=range(rows))
-    if title:
-        axis.set_title(title, fontsize=10)
+    axis.set_title(title or "", fontsize=10)
     return render(figure)
 
 
-def render(figure: Figure, most: int = 0) -> np.ndarray:
-    """The figure's pixels, with a legend of the first `most` steps' boxes if there are several."""
-    if most > 1:
-        styles = [Rectangle((0, 0), 1, 1, fill=False, ec=c, ls=s, lw=1.5) for c, s in map(step_style, range(most))]
-        labels = [f"step {t + 1}" for t in range(most)]
-        figure.legend(styles, labels, loc="lower center", ncols=most, fontsize=8, frameon=False)
+def render(figure: Figure) -> np.ndarray:
+    """The figure's pixels; with a legend, if there are boxes of several steps."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    steps = dict(zip(labels, handles))
+    if len(steps) > 1:
+        figure.legend(steps.values(), steps, loc="lower center", ncols=len(steps), fontsize=8, frameon=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-# --------------------------------------------------------------------------------------- showing
-
-
 def png(picture: np.ndarray) -> bytes:
     """An RGB array as a PNG file's content."""
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, format="png")
+    Image.fromarray(picture).save(stream := io.BytesIO(), format="png")
     return stream.getvalue()
 
 
 class Dashboard:
     """A visdom server that shows pictures, each in a window of its own that is updated in place.
 
-    url: the server's, as in `http://user:password@host:8097/base`; user, password, port and base may be left out.
-    Raises ConnectionError, with a message for the user that has no password in it, if the server does not
-    answer (within a second at first, later within five) or refuses.
+    url: as in URL_EXAMPLE; user and password, port and base may be left out. Raises ConnectionError, with one line for
+    the user that has no password in it, if the server does not answer within TIMEOUT or refuses.
     """
 
     def __init__(self, url: str, env: str):
         import requests
-        from visdom import Visdom  # only here: most who draw have no use for it
+        from visdom import Visdom  # only here: drawing does not need it
 
-        logging.getLogger("visdom").setLevel(logging.ERROR)  # It warns of what is meant to be so.
         try:
             parts = urlsplit(url)
-            if "@" in "".join(parts[2:]):
-                raise ValueError  # The password has ended the host's part of the URL.
-            host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-            server, port, base = f"{parts.scheme}://{host}", parts.port or 8097, parts.path.rstrip("/")
-            self.client = Visdom(
-                server=server,
-                port=port,
-                base_url=base,
-                username=parts.username and unquote(parts.username),
-                password=parts.password and unquote(parts.password),
-                env=env,
-                send=False,  # not yet: only `post` has time limits
-                raise_exceptions=True,
-                use_incoming_socket=False,
-            )
-        except (ValueError, AssertionError) as error:
-            if isinstance(error, ValueError) and "@" in url:  # It may quote the password.
-                error = "in user and password, special characters are written as %2F (for /) and the like"
-            url = re.sub("(?s)//.*@", "//", url)
-            raise ConnectionError(f"{url} is not the URL of a visdom server: {error}") from None
-        self.address, self.timeout = f"{server}:{port}{base}", 1.0
+            port, base = parts.port or 8097, f"/{parts.path.strip('/')}".rstrip("/")
+            if "@" in "".join(parts[2:]):  # A character of the password has ended the part with the host.
+                raise ValueError
+        except ValueError:  # Its message may quote the password.
+            raise ConnectionError(f"not the URL of a visdom server, such as {URL_EXAMPLE}") from None
+        server = f"{parts.scheme}://{parts.netloc.rpartition('@')[2].removesuffix(f':{parts.port}')}"
+        login = {name: unquote(getattr(parts, name)) for name in ("username", "password")} if parts.password else {}
+        # It sends nothing yet, since it would wait for ever for a server that is gone; `post` does not.
+        self.client = Visdom(server, port=port, base_url=base, env=env, **login, send=False, use_incoming_socket=False)
+        self.address = f"{server}:{port}{base}"
         self.session = requests.Session()
         self.session.trust_env = parts.hostname not in ("localhost", "127.0.0.1")  # no proxy for these
         self.client.send, self.client._handle_post = True, self.post
         self.connect()
-        self.timeout = 5.0
 
     def connect(self) -> None:
         """Log in, if the URL has a user, and make the environment. Raises as above."""
-        user, env = self.client.username, self.client.env
-        if user:
-            self.post(f"{self.address}/", json.dumps({"username": user, "password": self.client.password}))
-        self.client._send({"eid": env}, endpoint=f"env/{env}")
+        if self.client.username:
+            login = {"username": self.client.username, "password": self.client.password}
+            self.post(f"{self.address}/", json.dumps(login))
+        self.client._send({"eid": self.client.env}, endpoint=f"env/{self.client.env}")
 
-    def post(self, url, data=None) -> str:
-        """Send to the server. (visdom itself would wait for ever for one that is lost, and take errors for answers.)
-
-        Raises as above.
-        """
+    def post(self, url: str, data: str) -> str:
+        """Send to the server and return its answer; visdom itself would take errors for answers. Raises as above."""
         try:
-            response = self.session.post(url, data=data or {}, timeout=self.timeout, allow_redirects=False)
-        except (ValueError, OSError, HTTPError):
+            response = self.session.post(url, data, timeout=TIMEOUT, allow_redirects=False)
+        except (ValueError, OSError):
             hint = "`python -m visdom.server -bind_local` in another terminal starts one"
             raise ConnectionError(f"no visdom server answers at {self.address} ({hint})") from None
-        if response.status_code != 200:
-            raise ConnectionError(self.refusal(response.status_code))
+        if (status := response.status_code) != 200:  # Without a login, visdom 0.2.4 answers 400, 0.3.0 401.
+            hint = "user and password" if status in (400, 401, 403) else "host, port, path, and whether it has a login"
+            raise ConnectionError(f"{self.address} answers with status {status}: check {hint}, as in {URL_EXAMPLE}")
         return response.text
 
-    def refusal(self, status: int) -> str:
-        """What it means that the server answers with this status, and what to do."""
-        user, at = self.client.username, f"{self.address} (status {status})"
-        if status in (400, 401, 403):  # visdom 0.2.4 says 400
-            if user:
-                return f"visdom at {at} refuses the login: check user and password"
-            example = self.address.replace("//", "//user:password@", 1)
-            return f"visdom at {at} wants a login, as in {example}"
-        if user:
-            return f"no visdom with a login at {at}: check host, port and path, or leave out user and password"
-        return f"no visdom at {at}: check host, port and path"
-
     def show(self, name: str, title: str, picture: np.ndarray) -> None:
-        height, width, _ = picture.shape
-        # The window's size at first; it can be drawn larger on the page.
-        options = {"title": title, "width": width * 6 // 10, "height": height * 6 // 10}
-        self.client.image(picture.transpose(2, 0, 1), win=name, opts=options)
+        """Show an RGB array as the window `name`, at first a little smaller than it is."""
+        height, width = (side * 6 // 10 for side in picture.shape[:2])
+        self.client.image(picture.transpose(2, 0, 1), win=name, opts={"title": title, "width": width, "height": height})
