@@ -15,53 +15,44 @@ from pathlib import Path
 
 import numpy as np
 
+import images
 import viz
-from air import AIR, MAX_STEPS, to_images
-from evaluation import Usual, unusual
-from images import EMPTY, files_in, largest_objects, left_out, read_file, to_canvases, white_of
+from air import AIR, MAX_OBJECTS
+from evaluation import ReferenceStats, out_of_distribution
+from inference import MOST_OBJECTS, explain
 from multi_mnist import DataError, one_line
-from training.checkpoint import build_air, read_checkpoint, read_usual
+from training.checkpoint import build_air, read_checkpoint, read_reference
 from training.options import UsageError, one_line_errors, positive
 
-MOST_OBJECTS = 8  # that are looked for, if not more in training: the residual guide finds more than it was shown
+TOGETHER = 32  # images that are looked at at once
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Count and find the objects in images of your own.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder or checkpoint")
     parser.add_argument("images", type=Path, metavar="IMAGES", help="an image, an .npz, or a folder of them")
-    parser.add_argument(
-        "-t",
-        "--model-steps",
-        type=positive(int, MAX_STEPS),
-        metavar="T",
-        help=f"most objects looked for (default: {MOST_OBJECTS}; with the RNN guide the run's own)",
-    )
-    parser.add_argument(
-        "--invert",
-        action=argparse.BooleanOptionalAction,
-        help="whether the images are dark on light (default: detected for each file)",
-    )
+    text = f"most objects looked for (default: {MOST_OBJECTS}; with the RNN guide the run's own)"
+    parser.add_argument("-t", "--max-objects", type=positive(int, MAX_OBJECTS), metavar="T", help=text)
+    text = "whether the images are dark on light (default: detected for each image)"
+    parser.add_argument("--invert", action=argparse.BooleanOptionalAction, help=text)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to put a picture of each image with its boxes")
-    args = parser.parse_args(argv)
     failed = 0
     with one_line_errors("predict.py"):
-        files = files_in(args.images)
+        args = parser.parse_args(argv)
+        files = images.files_in(args.images)
         checkpoint, path = read_checkpoint(args.run)
-        air, usual = build_air(checkpoint, path), read_usual(checkpoint, path)
-        if usual is None:
-            print(f"{path} has seen no evaluation: what is unlike its training is not noticed", file=sys.stderr)
+        air, reference = build_air(checkpoint, path), read_reference(checkpoint, path)
+        if reference is None:
+            print(
+                f"{path} is of a run that is not finished: what is unlike its training is not noticed", file=sys.stderr
+            )
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             if any(args.out.iterdir()):
                 raise UsageError(f"--out {args.out} already exists and is not empty; name another folder")
-        most = max(MOST_OBJECTS, air.num_steps) if air.config["guide"] == "residual" else air.num_steps
         print("[", end="")
-        results = predict(air, files, usual, args.invert, args.out, args.model_steps or most)
         try:
-            for i, result in enumerate(results):
+            for i, result in enumerate(predict(air, files, reference, args.invert, args.out, args.max_objects)):
                 print(",\n " if i else "", json.dumps(result), sep="", end="", flush=True)
                 name = one_line(result["file"]) + (f" {result['index']}" if "index" in result else "")
                 failed += "error" in result
@@ -76,89 +67,96 @@ def main(argv: list[str] | None = None) -> None:
 def predict(
     air: AIR,
     files: list[Path],
-    usual: Usual | None = None,
+    reference: ReferenceStats | None = None,
     invert: bool | None = None,
     folder: Path | None = None,
-    num_steps: int | None = None,
-    batch_size: int = 32,
+    max_objects: int | None = None,
 ) -> Iterator[dict]:
     """What is in the images in some files, see `images.read_file`.
 
-    Yields a dictionary for each image, of plain values: file; index, if there are several in it; count;
-    count_probability, what the guide gives it; explained, the share of the ink that it accounts for; elbo, in nats;
-    boxes, `[x, y, w, h]` each, in pixels of the image as it was (they may reach beyond its edges); and warning, with
-    what speaks against the count (it is None if nothing can be told). For a file that cannot be read, and for a picture
-    that cannot be written: file and error. Nothing depends on chance; it is the best of several looks, see
-    `AIR.explain`. What was done to a file's images is said on stderr.
+    Yields a dictionary for each image, of plain values: file; index, if there are several in it; count; q_count, the
+    guide's probability of it, which is no measure of how sure the count is; explained, the share of the ink that it
+    accounts for; log_weight, log p(x, z) - log q(z | x) in nats; boxes, `[x, y, w, h]` each, in pixels of the image as
+    it was (they may reach beyond its edges); and warning, with what speaks against the count (it is None if nothing can
+    be told). For a file that cannot be read, and for a picture that cannot be written: file and error. Nothing depends
+    on chance, nor on other images; see `inference.explain`. What was done to a file's images is reported on stderr.
 
-    usual: what ordinary scenes look like, see `evaluation.Usual`; without it there are no warnings.
-    invert: whether the images are dark on light; None finds it out for each file.
+    reference: what ordinary scenes look like; without it there are no warnings of what is unlike them.
+    invert: whether the images are dark on light; None finds it out for each image.
     folder: where to put a picture of each image with its boxes, if anywhere.
-    num_steps: T, the most objects that can be found, if not as many as in training.
+    max_objects: T, the most objects that can be found, see `inference.explain`.
     """
-    images = itertools.chain.from_iterable(
-        canvases_of(file, air.image_size, invert, folder is not None) for file in files
+    all_images = itertools.chain.from_iterable(
+        canvases_of(file, air.image_size, invert, bool(folder)) for file in files
     )
-    while batch := list(itertools.islice(images, batch_size)):
+    some = np.zeros((0, air.image_size, air.image_size), np.uint8)
+    while batch := list(itertools.islice(all_images, TOGETHER)):
         readable = [image for image in batch if "error" not in image[0]]
         if readable:
-            count_and_find(air, readable, usual, folder, num_steps)
+            some = np.concatenate([some, count_and_find(air, readable, reference, folder, max_objects)])[:1000]
         yield from (result for result, *_ in batch)
+    if images.has_fixed_ink(some):
+        print(images.FIXED_INK, file=sys.stderr)
 
 
 def canvases_of(file: Path, size: int, invert: bool | None, draw: bool) -> Iterator[tuple]:
-    """Of each image in a file: what is known of it, itself if it will be drawn, its canvas and place there, a doubt."""
+    """Of each image in a file: what is known of it, itself if it will be drawn, its canvas, place, doubt and floor."""
     try:
-        blocks, _ = read_file(file)
-        canvases = to_canvases(blocks, size, invert)
+        blocks, _, remarks = images.read_file(file)
+        canvases = images.to_canvases(blocks, size, invert)
     except DataError as error:
-        yield {"file": file.name, "error": one_line(error)}, None, None, None, None
+        yield {"file": file.name, "error": one_line(error)}, None, None, None, None, None
         return
-    for remark in canvases.remarks:
+    for remark in [*remarks, *canvases.remarks]:
         print(f"{one_line(file.name)}: {remark}", file=sys.stderr)
     several = len(canvases.x) > 1 or file.suffix.lower() == ".npz"
-    images = ((image, white_of(block)) if draw else None for block in blocks for image in block)
-    for i, (image, *canvas) in enumerate(zip(images, canvases.x, canvases.places, canvases.doubts)):
-        yield {"file": file.name} | ({"index": i} if several else {}), image, *canvas
+    originals = (image if draw else None for block in blocks for image in block)
+    for i, (image, *rest) in enumerate(zip(originals, canvases.x, canvases.places, canvases.doubts, canvases.floors)):
+        yield {"file": file.name} | ({"index": i} if several else {}), image, *rest
 
 
 def count_and_find(
-    air: AIR, batch: list[tuple], usual: Usual | None, folder: Path | None, num_steps: int | None
-) -> None:
-    """Add to what is known of each image what is in it; draw it, if there is a folder for the pictures."""
-    x = np.stack([canvas for _, _, canvas, _, _ in batch])
-    seen = air.explain(to_images(x), sample=False, num_steps=num_steps, looks=air.attend.looks)
-    parts = (seen.counts, seen.count_probs, seen.boxes, seen.elbo, seen.explained)
-    seen = [part.cpu().numpy() for part in parts]
-    for (result, image, canvas, place, doubt), largest, count, probs, boxes, elbo, explained in zip(
-        batch, largest_objects(x), *seen
+    air: AIR, batch: list[tuple], reference: ReferenceStats | None, folder: Path | None, max_objects: int | None
+) -> np.ndarray:
+    """Add to what is known of each image what is in it; draw it, if there is a folder for the pictures.
+
+    Returns the canvases, uint8 `[n, h, h]`.
+    """
+    x = np.stack([canvas for _, _, canvas, *_ in batch])
+    seen = explain(air, x, max_objects)
+    seen = [part.cpu().numpy() for part in (seen.counts, seen.q_count, seen.boxes, seen.log_weight, seen.explained)]
+    for (result, image, canvas, place, doubt, floor), length, count, probs, boxes, log_weight, explained in zip(
+        batch, images.largest_component_length(x), *seen
     ):
-        if doubt in EMPTY:
-            result |= {"count": None, "count_probability": None, "explained": None, "elbo": None, "boxes": []}
+        if doubt in images.EMPTY:
+            result |= {"count": None, "q_count": None, "explained": None, "log_weight": None, "boxes": []}
             result["warning"] = doubt
             continue
         count, boxes = int(count), boxes[:count]
         signs = [doubt] if doubt else []
-        if usual:
-            signs += unusual(usual, count, elbo, explained, largest)
+        if reference:
+            signs += out_of_distribution(reference, count, log_weight, explained, length)
         if count == len(probs) - 1:
             signs.append(f"all {count} steps were used, there may be more objects (-t)")
-        elif left_out(canvas, boxes):
+        elif images.has_unexplained_ink(canvas, boxes, floor):
             signs.append("there is something where nothing was found")
         left, top, across, down = place
         boxes = (boxes - [left, top, 0, 0]) / [across, down, across, down]
-        result |= {"count": count, "count_probability": float(probs[count])}
-        result |= {"explained": float(explained), "elbo": float(elbo), "boxes": boxes.round(2).tolist()}
+        # Rounded: the last digits depend on how many images the processor is given at once.
+        numbers = {"q_count": probs[count], "explained": explained, "log_weight": log_weight}
+        result |= {"count": count} | {name: round(float(number), 2) for name, number in numbers.items()}
+        result |= {"boxes": boxes.round(2).tolist()}
         if signs:
             result["warning"] = "; ".join(signs)
         if folder:
             name = "-".join(str(result[key]) for key in ("file", "index") if key in result)
             try:
-                picture = viz.draw_scene(image[0] / np.float32(image[1]), boxes, f"{count} ({probs[count]:.1%})")
+                picture = viz.draw_scene(image / np.float32(images.white_of(image)), boxes, f"{count}")
                 with open(folder / f"{name}.png", "xb") as file:  # not in place of another image's
                     file.write(viz.png(picture))
             except OSError as error:
                 result["error"] = f"its picture cannot be written: {error.strerror or error}"
+    return x
 
 
 if __name__ == "__main__":
