@@ -93,11 +93,14 @@ def explain(air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None) ->
     """
     if not air.sees_residual:
         return infer(air, x, sample=False, max_objects=max_objects)
-    return infer(air, x, False, max_objects or max(MOST_OBJECTS, air.max_objects), LOOKS)
+    most = max(MOST_OBJECTS, air.max_objects) if max_objects is None else max_objects
+    return infer(air, x, False, most, LOOKS)
 
 
 def check_canvases(air: AIR, x: Tensor | np.ndarray) -> Tensor:
     """The canvases as floats in [0, 1], where the model is. Raises ValueError for what cannot be such."""
+    if isinstance(x, np.ndarray):  # PyTorch takes no other byte order and no negative strides.
+        x = np.array(x, x.dtype.newbyteorder("="))
     x = torch.as_tensor(x, device=air.z_where_loc.device)
     x = (x / 255 if x.dtype == torch.uint8 else x).to(air.z_where_loc)
     if x.shape[1:] != (air.image_size, air.image_size) or not x.numel():

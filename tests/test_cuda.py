@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from air import AIR, to_images
+from air import AIR
+from inference import infer
 from training.checkpoint import load_air, read_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -13,10 +14,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.mark.parametrize("guide", ["residual", "rnn"])
 def test_a_gpu_sees_what_the_cpu_sees(guide, scenes):
-    on_cpu = AIR(guide=guide).eval()
+    on_cpu = AIR(guide=guide)
     on_gpu = copy.deepcopy(on_cpu).cuda()
-    x = to_images(scenes.x)
-    expected, seen = on_cpu.infer(x, sample=False), on_gpu.infer(x, sample=False)
+    expected, seen = (infer(air, scenes.x, sample=False) for air in (on_cpu, on_gpu))
     assert torch.equal(expected.counts, seen.counts.cpu())
     for name, value in expected._asdict().items():
         torch.testing.assert_close(getattr(seen, name).cpu(), value, rtol=1e-3, atol=1e-3, msg=name)

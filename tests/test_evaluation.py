@@ -1,136 +1,105 @@
 import numpy as np
 import pytest
 import torch
-from pyro import poutine
 
+import evaluation
 from air import AIR
-from evaluation import baseline_r2, evaluate, unusual, usual
+from evaluation import baseline_r2, bounds, evaluate, importance_bound, interval, out_of_distribution, reference_stats
+from images import largest_component_length
+from inference import Inference, explain, infer, traces
 from multi_mnist import Scenes
 
+SMALL = {"look_size": 16, "hidden_size": 16, "baseline_size": 8, "exploration": 0.0}
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture
 def air():
-    torch.manual_seed(0)
-    return AIR(look_size=16, hidden_size=16, baseline_size=8)
+    return AIR(**SMALL)
 
 
 def test_the_numbers_are_what_they_are_called(air, scenes):
-    evaluation = evaluate(air, scenes, batch_size=64)
-    result = evaluation.metrics
+    x, true = scenes.x[:100], scenes.counts[:100]
+    result, *others = evaluate(air, Scenes(x, true), batch_size=50, several_looks=True)
     torch.manual_seed(0)
-    x = torch.from_numpy(scenes.x).float() / 255
-    seen = [air.infer(x[start : start + 64]) for start in range(0, 200, 64)]
-    counts = np.concatenate([part.counts for part in seen])
-    modes = np.concatenate([part.count_probs.argmax(1) for part in seen])
-    assert result["images"] == 200
-    assert result["count_accuracy"] == np.mean(counts == scenes.counts)
-    assert result["count_accuracy_mode"] == np.mean(modes == scenes.counts)
-    assert result["elbo"] == pytest.approx(np.concatenate([part.elbo for part in seen]).mean(), rel=1e-5)
-    assert result["last_step_rate"] == np.mean(counts == 3)
-    for true, row in enumerate(result["confusion"]):
-        assert row == [int(((scenes.counts == true) & (counts == n)).sum()) for n in range(4)]
-    # And what was seen is of the very same samples.
-    assert np.array_equal(evaluation.counts, counts)
-    assert np.array_equal(evaluation.boxes, np.concatenate([part.boxes for part in seen]))
-    assert np.array_equal(evaluation.first.canvases, seen[0].canvases[:30])
+    seen = Inference(*map(torch.cat, zip(infer(air, x[:50]), infer(air, x[50:]))))
+    counts, looks = seen.counts.numpy(), infer(air, x, sample=False, looks=5).counts.numpy()
+    accuracies = [np.mean(guess == true) for guess in (counts, seen.q_count.argmax(1).numpy(), looks)]
+    assert [result[f"count_accuracy{way}"] for way in ("", "_mode", "_looks")] == accuracies
+    assert result["images"] == 100 and result["last_step_rate"] == np.mean(counts == 3)
+    assert result["elbo"] == pytest.approx(seen.log_weight.mean().item(), rel=1e-5)
+    assert result["confusion"] == [[((true == i) & (counts == j)).sum() for j in range(4)] for i in range(3)]
+    assert all(map(np.array_equal, [*others[:2], others[2].canvases], [counts, seen.boxes, seen.canvases[:30]]))
+    # (Of large images, fewer are looked at together, so that memory does not grow with the canvas.)
+    assert evaluation.default_batch_size(AIR(image_size=250, **SMALL), 3) == 500 // 25
 
 
-def test_several_looks_are_measured_beside_one_sample(air, scenes):
-    one, more = evaluate(air, scenes).metrics, evaluate(air, scenes, looks=3).metrics
-    right = air.infer(scenes.x, sample=False, looks=3).counts.numpy() == scenes.counts
-    assert one["count_accuracy_looks"] is None and more == one | {"count_accuracy_looks": right.mean()}
-
-
-def test_any_batch_size_and_the_same_again(air, scenes):
-    few = Scenes(scenes.x[:10], scenes.counts[:10])
-    results = [evaluate(air, few, batch_size=size).metrics for size in (1, 3, 10, 500, 500)]
-    assert all(result["images"] == 10 and np.sum(result["confusion"]) == 10 for result in results)
-    assert results[-1] == results[-2] == results[-3]
-
-
-def test_it_disturbs_nothing(air, scenes):
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    evaluate(air, Scenes(scenes.x[:5], scenes.counts[:5]))
-    assert torch.equal(torch.rand(4), expected)
+def test_the_same_again_and_nothing_is_disturbed(air, scenes):
+    """Seeded; with true counts or without them, of which nothing is known then."""
+    few = Scenes(scenes.x[:5])
+    state = torch.get_rng_state()
+    first, again = (evaluate(air, few).metrics for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first == again != evaluate(air, few, seed=1).metrics
     assert air.training and all(p.grad is None for p in air.parameters())
+    assert first["count_accuracy"] is first["count_accuracy_mode"] is first["confusion"] is None
 
 
-def test_few_ordinary_scenes_are_unusual():
+def test_few_ordinary_scenes_are_out_of_distribution():
     """Whatever their counts are; and more objects than were seen may cost as much more as they did there."""
     rng = np.random.default_rng(0)
-    for kinds in ([0, 1, 2], [1, 2, 3], [2], [0, 3], [0]):
+    for kinds in ([1, 2, 3], [2], [0, 3], [0], [0, 1, 2]):
         counts = rng.choice(kinds, 20_000)
-        elbo = 700 - 50 * counts - rng.exponential(10, 20_000) * (counts > 0)
-        explained, largest = rng.beta(20, 2, 20_000), rng.poisson(15, 20_000)
-        bounds = usual(counts[:10_000], elbo[:10_000], explained[:10_000], largest[:10_000])
-        others = zip(counts[10_000:], elbo[10_000:], explained[10_000:], largest[10_000:])
-        flagged = np.mean([bool(unusual(bounds, *scene)) for scene in others])
-        assert 0.002 < flagged < 0.015, kinds
-        assert (
-            unusual(bounds, 1, -1000, 1.0, 10) and unusual(bounds, 1, 1000, 0.1, 10) and unusual(bounds, 1, 1000, 1, 99)
-        )
-        if kinds == [0, 1, 2]:
-            assert not unusual(bounds, 5, 700 - 5 * 50 - 40, 1.0, 10)
-            assert unusual(bounds, 5, 700 - 5 * 50 - 80, 1.0, 10)
+        log_weight = 700 - 50 * counts - rng.exponential(10, 20_000) * (counts > 0)
+        scenes = counts, log_weight, rng.beta(20, 2, 20_000), rng.poisson(15, 20_000)
+        reference = bounds(*(part[:10_000] for part in scenes))
+        flagged = [bool(out_of_distribution(reference, *scene)) for scene in zip(*(part[10_000:] for part in scenes))]
+        assert 0.002 < np.mean(flagged) < 0.015, kinds
+        for strange in ((1, -1000, 1.0, 10), (1, 1000, 0.1, 10), (1, 1000, 1.0, 99)):
+            assert len(out_of_distribution(reference, *strange)) == 1
+    assert not out_of_distribution(reference, 5, 700 - 5 * 50 - 40, 1.0, 10)
+    assert out_of_distribution(reference, 5, 700 - 5 * 50 - 80, 1.0, 10)
 
 
-def test_large_images_are_looked_at_few_at_a_time(scenes, monkeypatch):
-    """So that memory does not grow with the canvas."""
-    air, seen = AIR(image_size=200, look_size=16, hidden_size=16, baseline_size=8), []
-    explain = air.explain
-    monkeypatch.setattr(air, "explain", lambda x, **options: seen.append(len(x)) or explain(x, **options))
-    evaluate(air, Scenes(np.zeros((50, 200, 200), np.uint8)))
-    assert sum(seen) == 50 and max(seen) * 200**2 <= 500 * 50**2
+def test_what_is_ordinary_is_measured_as_it_is_applied(air, scenes):
+    """By the same looks and with the same number of objects as predict.py's."""
+    counts, _, log_weight, explained = (part.numpy() for part in explain(air, scenes.x[:20])[:4])
+    expected = bounds(counts, log_weight, explained, largest_component_length(scenes.x[:20]))
+    assert reference_stats(air, scenes.x[:20]) == expected
 
 
-def test_without_true_counts(air, scenes):
-    result = evaluate(air, Scenes(scenes.x[:5] / np.float32(255))).metrics
-    assert result["images"] == 5 and np.isfinite(result["elbo"])
-    assert result["count_accuracy"] is result["count_accuracy_mode"] is result["confusion"] is None
+def test_importance_bound(scenes):
+    """Where nothing is painted, and q differs from the prior in the count only, all about log p(x) is known."""
+    air = AIR(guide="rnn", **SMALL)
+    air.decode.bias = -1e9
+    for layer, means in (air.attend.predict[-1], 4), (air.encode.mlp[-1], 50):
+        layer.weight.data.zero_()
+        layer.bias.data[:means], layer.bias.data[means:] = 0.0, np.log(np.e - 1)  # of which the softplus is 1
+    exact = torch.distributions.Normal(0.0, 0.3).log_prob(torch.from_numpy(scenes.x) / 255).sum((1, 2)).numpy()
+    # The prior says 1/4 for each count, q says 1/2, 1/4, 1/8, 1/8.
+    below = (exact - importance_bound(air, scenes, 1)) / np.log(2)
+    assert np.abs(below - below.round()).max() < 1e-3 and {*below.round()} == {1, 0, -1}
+    assert np.mean(exact - importance_bound(air, scenes, 20)) == pytest.approx(0, abs=0.05)
 
 
-def test_how_much_the_baseline_r2(scenes):
-    """With one step, what follows the choice is the ELBO without the empty canvas's likelihood."""
-    torch.manual_seed(0)
-    air = AIR(num_steps=1, look_size=16, hidden_size=16, baseline_size=8, exploration=0.0)
-    x = torch.from_numpy(scenes.x).float() / 255
-    torch.manual_seed(1)
-    elbo = air.infer(x).elbo
-    empty = torch.distributions.Normal(0.0, 0.3).log_prob(x).sum((1, 2))
-    gains = (elbo - empty).double()
-    for constant in (0.0, float(gains.mean())):
-        with torch.no_grad():
-            air.baseline.linear.weight.zero_()
-            air.baseline.linear.bias.fill_(constant / 100)  # BASELINE_SCALE
-        torch.manual_seed(1)
-        expected = 1 - float((gains - constant).square().mean() / gains.var(correction=0))
-        assert baseline_r2(air, x) == pytest.approx(expected, abs=1e-3)
-    assert expected == pytest.approx(0, abs=1e-6)  # The mean is a baseline that explains nothing.
-    assert baseline_r2(AIR(num_steps=1, look_size=16, hidden_size=16, baseline_size=8), x[:1]) is None
+def test_interval():
+    """Wilson's: the probabilities from which the share is 1.96 of their standard deviations away."""
+    for share, n in ((0.5, 10), (0.98, 10_000), (1.0, 30)):
+        for end in interval(share, n):
+            assert abs(share - end) == pytest.approx(1.96 * (end * (1 - end) / n) ** 0.5, rel=1e-3)
 
 
-def test_a_baseline_that_sees_the_future_explains_it_all(scenes, monkeypatch):
-    """With three steps: predictions that are what each step and the later ones will add."""
-    torch.manual_seed(0)
-    air = AIR(look_size=16, hidden_size=16, baseline_size=8, exploration=0.0)
+def test_how_much_of_what_follows_the_baseline_explains(air, scenes, monkeypatch):
+    """All, if it is told what each step and the later ones will add."""
     x = torch.from_numpy(scenes.x[:50]).float() / 255
     torch.manual_seed(1)
-    guide = poutine.trace(air.guide).get_trace(x)
-    model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x)
-    for trace in (guide, model):
-        trace.compute_log_prob()
-    to_come = [
-        sum(
-            trace.nodes[name]["log_prob"] * sign
-            for trace, sign in ((model, 1), (guide, -1))
-            for name in trace.nodes
-            if name[-1] in "012"[t:] and "log_prob" in trace.nodes[name]
-        )
-        for t in range(3)
-    ]
-    told = iter(to_come)
-    monkeypatch.setattr(air.baseline, "forward", lambda look, inputs, state: (next(told), state))
-    torch.manual_seed(1)
-    assert baseline_r2(air, x) == pytest.approx(1)
+    signed = [(sign, trace.nodes) for sign, trace in zip((-1, 1), traces(air, x))]
+    added = [sum(s * n[name]["log_prob"] for s, n in signed for name in n if name[-2:] == f"_{t}") for t in range(3)]
+    to_come = [sum(added[t:]) for t in range(3)]
+    chosen = [torch.ones(50), *(signed[0][1][f"z_pres_{t}"]["value"] for t in range(2))]
+    gains = torch.cat([gain[choice == 1] for gain, choice in zip(to_come, chosen)])
+    for share, r2 in ((1, 1), (0, 1 - float(gains.square().mean() / gains.var(correction=0)))):
+        told = iter([share * gain for gain in to_come])
+        monkeypatch.setattr(air.baseline, "forward", lambda projection, inputs, state: (next(told), state))
+        torch.manual_seed(1)
+        assert baseline_r2(air, x) == pytest.approx(r2)
+    assert baseline_r2(AIR(max_objects=1, **SMALL), x[:1]) is None  # Nothing varies.
