@@ -1,5 +1,6 @@
 """Something real: learn to count the coins in a photograph, from crops of it without labels.
 
+    pip install scikit-image
     python benchmarks/coins.py runs/coins
 
 The photograph is scikit-image's `coins`, 24 coins in uneven light. Its right half gives the crops to learn from, the
@@ -9,7 +10,6 @@ Trains, prints how often the hand count is met, and leaves `coins.png` in the fo
 """
 
 import argparse
-import csv
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,12 +22,11 @@ from skimage.data import coins
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import viz
-from air import to_images
 from evaluation import interval
 from images import to_canvases
+from inference import explain
 from training.checkpoint import load_air
 
-ROOT = Path(__file__).parent.parent
 # Circles around the coins, marked by hand: x and y of the centre, and radius, in pixels; row by row.
 COINS = np.array(
     [(44.5, 54, 23), (100.5, 56.5, 20), (155.5, 51, 24), (216, 51.5, 24.5), (276, 53, 21.5), (335, 43.8, 30.5)]
@@ -38,26 +37,25 @@ COINS = np.array(
 )
 MOST, LONGEST, LEAST, GAP = 4, 184, 24, 2  # coins in a crop; pixels of its sides; pixels between its edge and a coin
 CANVAS = 64  # pixels, for the longest crop
+# The crops of the left half: number, left, top, width, height, and the count by hand.
+COUNTS = np.loadtxt(Path(__file__).with_name("coins_counts.csv"), int, delimiter=",", skiprows=1)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Learn to count the coins in a photograph.", allow_abbrev=False)
     parser.add_argument("out", type=Path, help="the folder of the run")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of main.py")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     photograph = coins()
     if not (args.out / "checkpoint.pt").exists():
         data = args.out.with_suffix(".npz")
         data.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(data, x=np.stack(list(training_crops(photograph, 5000, np.random.default_rng(0)))))
         flags = ["--data", data, "-t", MOST + 1, "-n", 2000, "--out", args.out, *args.flags]
-        subprocess.run([sys.executable, ROOT / "main.py", *map(str, flags)], check=True)
-    with open(Path(__file__).with_name("coins_counts.csv"), newline="") as file:
-        rows = [{name: int(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    counts = np.array([row["count"] for row in rows])
-    x = np.stack([canvas(photograph[r["top"] :, r["left"] :][: r["height"], : r["width"]]) for r in rows])
-    air = load_air(args.out)
-    seen = air.explain(to_images(x), sample=False, num_steps=8, looks=air.attend.looks)
+        subprocess.run([sys.executable, Path(__file__).parents[1] / "main.py", *map(str, flags)], check=True)
+    _, *crops, counts = COUNTS.T
+    x = np.stack([canvas(photograph[top:, left:][:height, :width]) for left, top, width, height in zip(*crops)])
+    seen = explain(load_air(args.out), x)
     found, boxes = seen.counts.numpy(), seen.boxes.numpy()
     low, high = interval(np.mean(found == counts), len(counts))
     print(f"{np.mean(found == counts):.0%} of {len(counts)} crops counted right (95% interval {low:.0%} to {high:.0%})")
@@ -116,9 +114,7 @@ def canvas(crop: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarr
     size = round(max(crop.shape) * CANVAS / LONGEST)
     scaled, room = to_canvases([np.ascontiguousarray(crop)[None]], size).x[0], CANVAS - size
     top, left = (room // 2, room // 2) if rng is None else rng.integers(0, room + 1, 2)
-    whole = np.zeros((CANVAS, CANVAS), np.uint8)
-    whole[top : top + size, left : left + size] = scaled
-    return whole
+    return np.pad(scaled, ((top, room - top), (left, room - left)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Does it learn with every seed? Many runs of main.py, two at a time, one thread each.
+"""Does it learn with every seed? Many runs of main.py, two at a time, one thread each, and tables of them in Markdown.
 
     python benchmarks/seeds.py                                   # fifty seeds, to step 500 of a default run
+    python benchmarks/seeds.py --at 1000 -- --guide rnn          # to step 1,000; what follows -- is for main.py
     python benchmarks/seeds.py --whole --seeds 0 1 2             # whole runs, evaluated on the test scenes
-    python benchmarks/seeds.py --seeds 0 1 2 -- --guide rnn      # what follows -- is for main.py
+    python benchmarks/seeds.py --whole --seeds 0 1 2 --unseen    # and how they count three, four and five digits
     python benchmarks/seeds.py --without exploration             # without a part of the method, see without.py
+    python benchmarks/seeds.py --compare runs/seeds runs/seeds-without-*     # trains nothing: a row for each folder
 
 Each run has the schedules of a whole one; it is stopped at the first evaluation at that step or later. Runs that
 are in --out already are not made again, so that the script may be stopped and started at will: after a change to the
@@ -24,12 +26,21 @@ from statistics import mean, median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from without import PARTS
+from report import more_digits
+from without import PARTS, left_out
 
+from multi_mnist import load_digits
+from training.checkpoint import build_air, read_checkpoint
+from training.options import UsageError, one_line_errors
 from training.run import read_metrics
 
 ROOT = Path(__file__).parent.parent
-ACCURACIES = {"sample": "count_accuracy", "mode": "count_accuracy_mode", "looks": "count_accuracy_looks"}
+COLUMNS = {
+    "one sample": ("count_accuracy", "{:.2%}"),
+    "five looks": ("count_accuracy_looks", "{:.2%}"),
+    "ELBO": ("elbo", "{:.1f}"),
+    "validation at step 500": ("early", "{:.1%}"),
+}
 
 
 def train_until(folder: Path, flags: list, step: int | None = None, program: tuple = ("main.py",)) -> list[dict]:
@@ -62,44 +73,104 @@ def train_until(folder: Path, flags: list, step: int | None = None, program: tup
     return read_metrics(folder)
 
 
-def accuracies(seed: int, args) -> dict:
-    """The line of metrics.jsonl of a run's first evaluation at step `args.stop_at` or later, or of its last one."""
-    flags = ["--seed", seed, "--viz-every", 10**6, "--visdom", "off", *args.flags]
-    program = ("benchmarks/without.py", args.without) if args.without else ("main.py",)
-    lines = train_until(args.out / f"seed{seed}", flags, None if args.whole else args.stop_at, program)
-    line = lines[-1] if args.whole else next(line for line in lines if line["step"] >= args.stop_at)
-    measured = " ".join(f"{name} {line[key]:.2%}" for name, key in ACCURACIES.items() if line[key] is not None)
-    print(
-        f"seed {seed:>5}: {measured}, {line['elbo']:.1f} nats at step {line['step']} ({line['seconds']:.0f} s)",
-        flush=True,
-    )
-    return line
+def result(run: Path, step: int | None) -> dict:
+    """Of metrics.jsonl, the line of a run's first evaluation at `step` or later; None: of its end, with "early"."""
+    lines = read_metrics(run)
+    split, least = ("test", 0) if step is None else ("validation", step)
+    found = [line for line in lines if line["split"] == split and line["step"] >= least]
+    if not found:
+        raise UsageError(f"{run} is not a finished run" if step is None else f"{run} has no evaluation at step {step}")
+    early = [line["count_accuracy"] for line in lines if (line["split"], line["step"]) == ("validation", 500)]
+    return found[0] | {"early": early[0] if early and step is None else None}
 
 
-def main() -> None:
+def table(runs: list[Path], step: int | None) -> str:
+    """A row for each run, and what they come to. A column for what was measured in all of them."""
+    lines = {seed(run): result(run, step) for run in runs}
+    heads = [name for name, (key, _) in COLUMNS.items() if all(line[key] is not None for line in lines.values())]
+    keys, forms = zip(*(COLUMNS[name] for name in heads))
+    rows = {f"{seed}": [(line[key],) for key in keys] for seed, line in lines.items()}
+    return with_summary(["seed", *heads], rows, forms)
+
+
+def unseen(runs: list[Path]) -> str:
+    """More digits than in training: the share of 1,000 scenes each that one sample of the guide (five looks) counts."""
+    rows = {}
+    for run in runs:
+        checkpoint, path = read_checkpoint(run)
+        digits, classes = load_digits(False, checkpoint["flags"]["data_dir"])
+        counted = [counted for _, counted, _ in more_digits(build_air(checkpoint, path), digits, classes, 8)]
+        rows[f"{seed(run)}"] = [(part["count_accuracy"], part["count_accuracy_looks"]) for part in counted]
+        heads = [f"{part['digits']} digits, T = {part['max_objects']}" for part in counted]
+    return with_summary(["seed", *heads], rows, ["{:.1%} ({:.1%})"] * len(heads))
+
+
+def comparison(folders: list[Path], step: int | None) -> str:
+    """A row for each folder of runs: by one sample of the guide; of whole runs also by five looks, in brackets."""
+    rows = []
+    for folder in folders:
+        lines = [result(run, step) for run in sorted(folder.glob("seed*/"), key=seed)]
+        if not lines or step is not None and {line["step"] for line in lines} != {step}:
+            raise UsageError(f"{folder} has no runs" + (f" that were all evaluated at step {step}" if step else ""))
+        form = "{count_accuracy:.1%}" if step else "{count_accuracy:.2%}"
+        if all(line["count_accuracy_looks"] is not None for line in lines):
+            form += " ({count_accuracy_looks:.2%})"
+        rows.append([folder.name, *(", ".join(each.format(**line) for line in lines) for each in (form, "{elbo:.1f}"))])
+    return markdown(["runs", "accuracy", "ELBO, nats"], rows)
+
+
+def seed(run: Path) -> int:
+    return int(run.name.removeprefix("seed"))
+
+
+def with_summary(heads: list[str], rows: dict[str, list[tuple]], forms: list[str]) -> str:
+    """A table of numbers, one or several in a cell, with their mean, median and worst."""
+    summary = {
+        f"**{name}**": [tuple(map(of, zip(*column))) for column in zip(*rows.values())]
+        for name, of in (("mean", mean), ("median", median), ("worst", min))
+    }
+    cells = [[name, *(form.format(*cell) for form, cell in zip(forms, row))] for name, row in (rows | summary).items()]
+    return markdown(heads, cells)
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Does it learn with every seed?", allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=range(50), metavar="SEED", help="(default: 0 to 49)")
-    parser.add_argument("--stop-at", type=int, default=500, metavar="STEP", help="(default: %(default)s)")
-    parser.add_argument("--whole", action="store_true", help="do not stop; print the test accuracies")
+    until = parser.add_mutually_exclusive_group()
+    until.add_argument("--at", type=int, default=500, metavar="STEP", help="where to stop (default: %(default)s)")
+    until.add_argument("--whole", action="store_true", help="do not stop; the tables are of the test scenes")
     parser.add_argument("--without", choices=PARTS, help="a part of the method to leave out")
+    parser.add_argument("--unseen", action="store_true", help="also measure three to five digits")
     parser.add_argument("--out", type=Path, metavar="DIR", help="(default: runs/seeds, and what is not as usual)")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="only compare these folders of runs")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of main.py")
-    args = parser.parse_args()
-    unusual = [f"without-{args.without}"] * bool(args.without) + [
-        re.sub(r"\W+", "-", flag).strip("-") for flag in args.flags
-    ]
-    args.out = args.out or Path("runs", "-".join(["seeds", *unusual]))
-    with ThreadPoolExecutor(2) as pool:
-        lines = list(pool.map(lambda seed: accuracies(seed, args), args.seeds))
-    print(f"{len(lines)} seeds, {lines[0]['split']} scenes; ELBO {mean(line['elbo'] for line in lines):.1f} nats")
-    for name, key in ACCURACIES.items():
-        values = [line[key] for line in lines if line[key] is not None]
-        if values:
-            print(
-                f"  {name:<6} mean {mean(values):.2%}, median {median(values):.2%}, worst {min(values):.2%}; "
-                f"above 97%: {sum(a > 0.97 for a in values)}, 95 to 97%: {sum(0.95 < a <= 0.97 for a in values)}, "
-                f"below: {sum(a <= 0.95 for a in values)}"
-            )
+    args = parser.parse_args(argv)
+    step = None if args.whole else args.at
+    name = "-".join(["seeds", *(["without", args.without] if args.without else []), *args.flags])
+    out = args.out or Path("runs", re.sub(r"\W+", "-", name))
+    program = ("benchmarks/without.py", args.without) if args.without else ("main.py",)
+
+    def train(seed: int) -> Path:
+        run = out / f"seed{seed}"
+        train_until(run, ["--seed", seed, "--viz-every", 10**6, "--visdom", "off", *args.flags], step, program)
+        line = result(run, step)
+        print(f"seed {seed}: {line['elbo']:.1f} nats after {line['seconds']:.0f} s", file=sys.stderr, flush=True)
+        return run
+
+    with one_line_errors("seeds.py"):
+        if args.compare:
+            print(comparison(args.compare, step))
+            return
+        with ThreadPoolExecutor(2) as pool:
+            runs = list(pool.map(train, args.seeds))
+        print("Test scenes" if args.whole else f"Validation scenes at step {step}", table(runs, step), sep="\n\n")
+        if args.unseen:
+            with left_out(args.without):
+                print(f"\n{unseen(runs)}")
 
 
 if __name__ == "__main__":

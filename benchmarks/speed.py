@@ -4,16 +4,13 @@
     python benchmarks/speed.py --cuda     # the same on a GPU
     python benchmarks/speed.py --all      # also inference, memory, and how the time of a step grows
 
-The floor is what a step cannot do without: its matrix products, forward and backward, recorded as
-they happen and timed by themselves; and the bytes that Adam has to move (each parameter, its
-gradient and its two moments are read, all but the gradient written: 28 bytes), at the speed of a copy.
-
-The versions take turns in short rounds, so that all see the machine in the same mood. The last line
-is a JSON object with the medians.
+The floor is what a step cannot do without: its matrix products, forward and backward, recorded as they happen and timed
+by themselves; and the bytes that Adam has to move (each parameter, its gradient and its two moments are read, all but
+the gradient written: 28 bytes), at the speed of a copy. The versions take turns in short rounds, so that all see the
+machine in the same state.
 """
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -21,7 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 import pyro
@@ -31,7 +27,8 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from air import AIR, to_images
+from air import AIR
+from inference import explain, infer
 from training.svi import make_svi
 
 ROOT = Path(__file__).parent.parent
@@ -44,13 +41,11 @@ def training_step(x_all, batch_size, guide="residual", estimator="tracegraph", *
     svi, _ = make_svi(air, estimator)
 
     def step():
-        svi.step(to_images(x_all[torch.randint(len(x_all), (batch_size,), device=x_all.device)]))
+        index = torch.randint(len(x_all), (batch_size,), device=x_all.device)
+        svi.step(x_all[index].float() / 255)
 
     step.parameters = sum(p.numel() for p in air.parameters())
     return step
-
-
-# ------------------------------------------------------------------------------------- the floor
 
 
 class MatrixProducts(TorchDispatchMode):
@@ -58,23 +53,19 @@ class MatrixProducts(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.products = []
-        self.multiply_adds = 0
+        self.products, self.multiply_adds = [], 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
         if operation._overloadpacket in flop_registry:
             self.multiply_adds += flop_registry[operation._overloadpacket](*args, out_val=result) // 2
-            # Not the tensors themselves, which would be kept.
-            args = [Like(arg.shape, arg.stride(), arg.device) if isinstance(arg, torch.Tensor) else arg for arg in args]
-            self.products.append((operation, args))
+            # Only what the tensors look like: they themselves would be kept.
+            self.products.append((operation, [on(arg, "meta") for arg in args]))
         return result
 
-    def replay(self):
+    def replay(self, device):
         """A function that does nothing but these products, on numbers of its own."""
-        calls = []
-        for operation, args in self.products:
-            calls.append((operation, [arg.normal() if isinstance(arg, Like) else arg for arg in args]))
+        calls = [(operation, [on(arg, device) for arg in args]) for operation, args in self.products]
 
         def run():
             for operation, args in calls:
@@ -83,120 +74,92 @@ class MatrixProducts(TorchDispatchMode):
         return run
 
 
-class Like(NamedTuple):
-    """What a tensor looks like."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    device: torch.device
-
-    def normal(self) -> torch.Tensor:
-        size = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
-        return torch.randn(size, device=self.device).as_strided(self.shape, self.stride)
+def on(arg, device):
+    """In place of a tensor one of random numbers that lies in memory in the same way."""
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    size = 1 + sum((n - 1) * step for n, step in zip(arg.shape, arg.stride()))
+    return torch.randn(size, device=device).as_strided(arg.shape, arg.stride())
 
 
 def copying(parameters, device):
     """A function that moves as many bytes as Adam must for so many parameters: 28 for each."""
-    source = torch.ones(7 * parameters // 2, device=device)  # Copying reads and writes 4 bytes a number.
-    target = torch.empty_like(source)
+    source, target = torch.ones(2, 7 * parameters // 2, device=device)  # Copying reads and writes 4 bytes a number.
     return lambda: target.copy_(source)
-
-
-# ---------------------------------------------------------------------------------- measurements
 
 
 def interleaved(functions, rounds, repeats):
     """Seconds per call of each function, one number a round; the functions take turns."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds = {name: [] for name in functions}
     for round in range(rounds + 1):
         for name, function in functions.items():
-            synchronize()
+            wait()
             started = time.perf_counter()
             for _ in range(repeats):
                 function()
-            synchronize()
+            wait()
             if round:  # The first one warms up.
                 seconds[name].append((time.perf_counter() - started) / repeats)
     return seconds
 
 
-def synchronize():
-    """Wait for what a GPU was asked to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def training(x_all, args):
-    """The table of the versions and their floors; returns the JSON line."""
+def training(x_all, batch_size, rounds, repeats):
+    """A table of the versions and their floors."""
     functions, work = {}, {}
     for version in VERSIONS:
-        step = functions[version] = training_step(x_all, args.batch_size, *version)
+        step = functions[version] = training_step(x_all, batch_size, *version)
         step()
-        with MatrixProducts() as recorded:
+        with MatrixProducts() as work[version]:
             step()
-        work[version] = recorded
-        functions[version, "products"] = recorded.replay()
+        functions[version, "products"] = work[version].replay(x_all.device)
         functions[version, "copy"] = copying(step.parameters, x_all.device)
-    seconds = interleaved(functions, args.rounds, args.steps)
+    seconds = interleaved(functions, rounds, repeats)
     print(f"{'version':>21} {'ms/step':>8} {'steps/s':>8} {'floor, ms':>10} {'x floor':>8}   the floor's parts")
-    result = {}
     for version in VERSIONS:
         step, products, copy = seconds[version], seconds[version, "products"], seconds[version, "copy"]
-        floor_ratio = median(s / (p + c) for s, p, c in zip(step, products, copy))
-        floor = 1000 * (median(products) + median(copy))
-        name = " ".join(version)
+        ratio = median(s / (p + c) for s, p, c in zip(step, products, copy))
+        floor, name = 1000 * (median(products) + median(copy)), " ".join(version)
         print(
-            f"{name:>21} {1000 * median(step):>8.1f} {1 / median(step):>8.1f} {floor:>10.1f} {floor_ratio:>8.2f}"
+            f"{name:>21} {1000 * median(step):>8.1f} {1 / median(step):>8.1f} {floor:>10.1f} {ratio:>8.2f}"
             f"   {len(work[version].products)} matrix products, {work[version].multiply_adds / 1e6:,.0f} million"
             f" multiply-adds; {28 * functions[version].parameters / 1e6:,.0f} MB for Adam"
         )
-        result[name] = {"steps_per_s": round_to(1 / median(step)), "floor_ratio": round_to(floor_ratio)}
-    return result
 
 
-def inference(x_all, args):
-    """Images per second: counting is a run of the guide, "infer" all of `AIR.infer`, "predict" what predict.py does."""
+def inference(x_all, rounds, repeats):
+    """Images per second: counting is a run of the guide, "infer" all of `infer`, "predict" what predict.py does."""
     air = AIR().to(x_all.device).eval()
+    functions = {("predict", 32): lambda: explain(air, x_all[:32])}
+    for n in (1, 256):
+        x = x_all[:n].float() / 255
+        functions["counting", n] = torch.no_grad()(lambda x=x: air.guide(x))
+        functions["infer", n] = lambda x=x: infer(air, x)
     print(f"{'inference':>12} {'batch':>9} {'images/s':>9}")
-    for batch_size in (1, 256):
-        x = to_images(x_all[:batch_size])
-
-        def counting(x=x):
-            with torch.no_grad():
-                air.guide(x)
-
-        functions = {"counting": counting, "infer": lambda x=x: air.infer(x)}
-        for name, times in interleaved(functions, args.rounds, args.steps).items():
-            print(f"{name:>12} {batch_size:>9} {batch_size / median(times):>9,.0f}")
-    x = to_images(x_all[:32])
-    (times,) = interleaved({"": lambda: air.explain(x, sample=False, num_steps=8, looks=5)}, args.rounds, 1).values()
-    print(f"{'predict':>12} {len(x):>9} {len(x) / median(times):>9,.0f}")
+    for (name, n), times in interleaved(functions, rounds, repeats).items():
+        print(f"{name:>12} {n:>9} {n / median(times):>9,.0f}")
 
 
 def growth(device):
     """Milliseconds per step against batch size, canvas and T, and the exponent of a power law through them."""
-    settings = {
-        "batch size": [32, 64, 128, 256, 512, 1024],
-        "canvas": [50, 75, 100, 150, 200],
-        "T": [1, 2, 3, 4, 6, 8],
-    }
-    for name, values in settings.items():
+    default = {"batch size": 128, "canvas": 50, "T": 3}
+    settings = [(32, 64, 128, 256, 512, 1024), (50, 75, 100, 150, 200), (1, 2, 3, 4, 6, 8)]
+    for name, values in zip(default, settings):
         steps = {}
         for value in values:
-            size = value if name == "canvas" else 50
+            batch_size, size, max_objects = (default | {name: value}).values()
             x = images(2048, size, device)
-            batch_size, num_steps = value if name == "batch size" else 128, value if name == "T" else 3
-            steps[value] = training_step(x, batch_size, num_steps=num_steps, image_size=size)
+            steps[value] = training_step(x, batch_size, max_objects=max_objects, image_size=size)
         times = {value: 1000 * median(s) for value, s in interleaved(steps, 3, 3).items()}
         slope = np.polyfit(np.log(values), np.log(list(times.values())), 1)[0]
         cells = "  ".join(f"{value}: {time:.0f}" for value, time in times.items())
         print(f"ms per step by {name}:  {cells}   exponent {slope:.2f}")
 
 
-def memory():
+def memory(data_dir):
     """Peak memory of a run of main.py: 20 steps and an evaluation, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "main.py", "-n", "20", "--data-dir", ROOT / "data", "--out", f"{folder}/run"]
+        command = [sys.executable, ROOT / "main.py", "-n", "20", "--data-dir", data_dir, "--out", f"{folder}/run"]
         subprocess.run(command, check=True, capture_output=True)
     print(f"peak memory of a run: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GiB")
 
@@ -206,31 +169,27 @@ def images(n, size, device):
     return (torch.rand(n, size, size, device=device) * 2550 - 2295).clamp(min=0).byte()
 
 
-def main():
-    parser = argparse.ArgumentParser(description="How fast AIR trains and infers.")
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="How fast AIR trains and infers.", allow_abbrev=False)
     parser.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="times the versions take turns (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="steps a turn (default: %(default)s)")
     parser.add_argument("--cuda", action="store_true", help="on the GPU")
     parser.add_argument("--all", action="store_true", help="also inference, memory and growth; takes some minutes")
-    args = parser.parse_args()
+    parser.add_argument("--data-dir", default=ROOT / "data", help="where MNIST is kept, for --all (default: data)")
+    args = parser.parse_args(argv)
     device = torch.device("cuda" if args.cuda else "cpu")
     if args.all:
-        memory()  # First, while this process is small: a child counts from its parent's size.
+        memory(args.data_dir)  # First, while this process is small: a child counts from its parent's size.
     pyro.set_rng_seed(0)
     pyro.enable_validation(False)
     x_all = images(60_000, 50, device)
     where = torch.cuda.get_device_name() if args.cuda else f"{torch.get_num_threads()} threads"
     print(f"batch {args.batch_size}, {where}, medians over {args.rounds} rounds of {args.steps} steps in turn")
-    line = training(x_all, args)
+    training(x_all, args.batch_size, args.rounds, args.steps)
     if args.all:
-        inference(x_all, args)
+        inference(x_all, args.rounds, args.steps)
         growth(device)
-    print(json.dumps(line))
-
-
-def round_to(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 if __name__ == "__main__":

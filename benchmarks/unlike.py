@@ -1,13 +1,15 @@
 """Does predict.py notice images that are unlike what a run was trained on? Prints which share it warns of, by kind.
 
+    pip install scikit-image
     python benchmarks/unlike.py runs/NAME
 
 For a run on multi-MNIST. Scenes are made of test digits; photographs and pages of text are scikit-image's, cut at
-random places and sizes. The bounds are the run's own, measured on its validation scenes (`evaluation.Usual`).
+random places and sizes. The bounds are the run's own, measured on its validation scenes (`evaluation.ReferenceStats`).
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,11 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from air import AIR
-from evaluation import Usual
 from multi_mnist import DIGIT_SIZE, compose, load_digits
 from predict import predict
-from training.checkpoint import build_air, read_checkpoint, read_usual
+from training.checkpoint import build_air, read_checkpoint, read_reference
 from training.options import UsageError, one_line_errors
 
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "moon", "rocket", "hubble_deep_field", "grass", "brick")
@@ -29,57 +29,40 @@ PAGES = ("page", "text")
 WORDS = "the model looks at a picture and finds out how many objects are in it and where they are".split()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Which images predict.py warns of.", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run on multi-MNIST")
     parser.add_argument("-n", type=int, default=300, help="images of each kind (default: %(default)s)")
-    args = parser.parse_args()
-    with one_line_errors("unlike.py"):
+    parser.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: the run's)")
+    args = parser.parse_args(argv)
+    with one_line_errors("unlike.py"), TemporaryDirectory() as folder:
         checkpoint, path = read_checkpoint(args.run)
-        air, usual = build_air(checkpoint, path), read_usual(checkpoint, path)
-        if usual is None:
-            raise UsageError(f"{path} was saved before any evaluation")
-        digits = load_digits(False, checkpoint["flags"]["data_dir"])
-        for name, x, num_steps in kinds(*digits, air, args.n, np.random.default_rng(0)):
-            print(f"{name:<45}{warned_of(air, usual, x, num_steps):7.1%}", flush=True)
+        air, reference = build_air(checkpoint, path), read_reference(checkpoint, path)
+        if reference is None:
+            raise UsageError(f"{path} is of a run that is not finished")
+        digits, file = load_digits(False, args.data_dir or checkpoint["flags"]["data_dir"]), Path(folder, "images.npz")
+        for name, x, max_objects in kinds(*digits, air.image_size, args.n, np.random.default_rng(0)):
+            np.savez(file, x=x)
+            results = [*predict(air, [file], reference, max_objects=max_objects)]
+            print(f"{name:<45}{sum('warning' in result for result in results) / len(x):7.1%}", flush=True)
 
 
-def warned_of(air: AIR, usual: Usual, x: np.ndarray, num_steps: int) -> float:
-    """The share of the images `[n, h, w]` that predict.py warns of."""
-    with TemporaryDirectory() as folder:
-        np.savez(Path(folder, "images.npz"), x=x)
-        return float(
-            np.mean(
-                [
-                    "warning" in result
-                    for result in predict(air, [Path(folder, "images.npz")], usual, num_steps=num_steps)
-                ]
-            )
-        )
-
-
-def kinds(digits, classes, air: AIR, n: int, rng: np.random.Generator):
+def kinds(digits, classes, size: int, n: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, int]]:
     """What they are called, images `[n, h, w]`, and T."""
-    size = air.image_size
 
-    def scenes(count=n, **options):
-        return compose(digits, classes, count, np.random.default_rng(1), size, **options).x
+    def scenes(fewest=0, most=2, width=None, n=n):
+        shrink = (DIGIT_SIZE / (width + 0.5), 0.0) if width else (1.3, 0.1)
+        return compose(digits, classes, n, np.random.default_rng(1), size, most, shrink, fewest).x
 
-    def wide(pixels):
-        shrink = (DIGIT_SIZE / (pixels + 0.5), 0.0)
-        return scenes(shrink=shrink, max_digits=1, min_digits=1)
-
-    yield "0 to 2 digits, as in training (false alarms)", scenes(10 * n), 8
-    for many in (3, 4, 5):
-        yield f"{many} digits, T = 8 (false alarms)", scenes(max_digits=many, min_digits=many), 8
-    for many in (4, 5):
-        yield f"{many} digits, T = 3", scenes(max_digits=many, min_digits=many), 3
+    yield "0 to 2 digits, as in training (false alarms)", scenes(n=10 * n), 8
+    for many, max_objects in ((3, 8), (4, 8), (5, 8), (4, 3), (5, 3)):
+        yield f"{many} digits, T = {max_objects}", scenes(many, many), max_objects
     for times in (1.4, 1.8, 2):
-        yield f"digits {times:g} times as large ({21 * times:.0f} pixels)", wide(round(21 * times)), 8
-    yield "digits half as large (10 pixels)", wide(10), 8
-    pages, at = 255 - scenes().astype(float), np.arange(size)[None, None]
-    yield "a sharp shadow over half a page", pages * np.where(at < size / 2, 0.6, 1), 8
-    yield "a sharp shadow over a quarter of it", pages * np.where((at < size / 2) & (at.mT < size / 2), 0.6, 1), 8
+        yield f"digits {times:g} times as large ({21 * times:.0f} pixels)", scenes(1, 1, round(21 * times)), 8
+    yield "digits half as large (10 pixels)", scenes(1, 1, 10), 8
+    pages, left = 255 - scenes().astype(float), np.arange(size) < size / 2
+    yield "a sharp shadow over half a page", pages * np.where(left, 0.6, 1), 8
+    yield "a sharp shadow over a quarter of it", pages * np.where(left & left[:, None], 0.6, 1), 8
     yield "photographs", cut(PHOTOGRAPHS, n, rng), 8
     yield "pages of text, dark on light", cut(PAGES, n, rng), 8
     yield "words, light on black", np.stack([some_words(rng) for _ in range(n)]), 8

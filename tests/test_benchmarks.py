@@ -1,223 +1,230 @@
-import csv
+import itertools
 import json
 import shutil
 import sys
-from functools import partial
+from types import SimpleNamespace
 
 import coins
 import estimators
 import numpy as np
 import pyro
 import pytest
+import report
 import seeds
 import speed
 import sprites
-import table
 import torch
 import unlike
 import without
-from conftest import ROOT, metrics
+from conftest import call, metrics
 from pyro import poutine
 from scipy.ndimage import label
 
+import main
+import multi_mnist
 from air import AIR
-from images import read_arrays
+from evaluation import evaluate
+from inference import traces
+from training.checkpoint import load_air
 
 
-def test_speed_counts_the_matrix_products():
-    """What is recorded of a small network is what its layers need, forward and backward."""
+def test_match_is_the_best_of_all_assignments():
+    """By intersection over union, in pixels that are counted one by one."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:40, :40]
+    boxes, counts, true_counts = rng.integers(1, 20, (100, 5, 4)), rng.integers(0, 4, 100), rng.integers(0, 3, 100)
+    left, top, w, h = boxes.transpose(2, 0, 1)[..., None, None]
+    inside = (x >= left) & (x < left + w) & (y >= top) & (y < top + h)  # [100, 5, 40, 40]
+    a, b, found, true = inside[:, :3, None], inside[:, None, 3:], boxes[:, :3].astype(float), boxes[:, 3:]
+    iou = (a & b).sum((-2, -1)) / (a | b).sum((-2, -1))
+    assert np.allclose(report.overlap(found[:, :, None], true[:, None].astype(float)), iou)
+    pairs = report.match(found, counts, true, true_counts).T
+    for i, (some, few) in enumerate(zip(counts, true_counts)):
+        tall = iou[i, :some, :few] if some >= few else iou[i, :some, :few].T
+        orders = itertools.permutations(range(len(tall)), tall.shape[1])
+        best = max(sum(tall[row, column] for column, row in enumerate(order)) for order in orders)
+        steps, digits = pairs[pairs[:, 0] == i, 1:].T
+        assert len(steps) == len(set(steps)) == len(set(digits)) == min(some, few)
+        assert iou[i, steps, digits].sum() == pytest.approx(best, abs=1e-4)
+
+
+def test_boxes_that_are_right_are_found_right(scenes, digits):
+    """With the true boxes as windows that are filled to the edge, of which ten scenes lack one."""
+    counts, filled = scenes.counts.copy(), np.ones((len(scenes.x), 2, 28, 28))
+    counts[np.flatnonzero(counts == 2)[:10]] = 1
+    found = report.localisation(SimpleNamespace(counts=counts, boxes=scenes.boxes.astype(float), y_att=filled), scenes)
+    for part, missing in (found["correctly_counted"], 0), (found["all"], 10):
+        assert part["inferred_objects"] == part["pairs"] == part["true_objects"] - missing
+        for name in ("window", "ink"):
+            assert part[f"{name}_pairs_of_iou_50"] == part["pairs"] and part[f"{name}_mean_iou"] == pytest.approx(1)
+            assert part[f"{name}_mean_centre_distance_px"] == pytest.approx(0, abs=1e-9)
+    patches, windows = digits[0] / 255 * 0.9, np.tile([3.0, 5.0, 28.0, 28.0], (len(digits[0]), 1))
+    expected = multi_mnist.ink_boxes((patches > report.PAINTED).astype(np.uint8)) + [3, 5, 0, 0]
+    assert np.allclose(report.painted_boxes(patches, windows), expected)
+    assert np.allclose(report.painted_boxes(0 * patches, windows), windows)
+
+
+def test_probes_tell_what_is_there_from_what_is_not(digits, monkeypatch):
+    """Codes that are the class give it away, and pixels of a window that is always the same do not."""
+    made = []
+
+    def compose(images, *args, **options):
+        made.append((images.tobytes(), multi_mnist.compose(images, *args, **options)))
+        return made[-1][1]
+
+    def look(air, x):
+        scenes, one, nowhere = made[-1][1], np.ones((len(x), 2, 28, 28)), np.zeros((len(x), 2, 3))
+        boxes = {"counts": scenes.counts, "boxes": scenes.boxes.astype(float)}
+        return SimpleNamespace(z_what_mean=np.eye(10)[scenes.labels], z_where=nowhere, x_att=one, **boxes)
+
+    for name, value in {"PROBED": (600, 100), "infer_all": look, "compose": compose}.items():
+        monkeypatch.setattr(report, name, value)
+    order = np.arange(60).reshape(2, 30).T.ravel()  # all ten classes among every second of them
+    measured = report.representation(AIR(image_size=36), *(part[order] for part in digits))
+    assert [images for images, _ in made] == [digits[0][order[i::2]].tobytes() for i in (0, 1)]  # none in both
+    classes, total, ascending = (measured[task] for task in ("digit_class", "sum", "ascending"))
+    assert classes["linear_probe_on_codes"] == 1 and classes["linear_probe_on_pixels"] < 0.3
+    assert total["mlp_probe_on_codes"] > 0.4 > total["mlp_probe_on_pixels"] and ascending["mlp_probe_on_codes"] > 0.9
+
+
+def test_report(run, digits, monkeypatch, tmp_path):
+    """All of it, as if the run had been trained on multi-MNIST; and of an AIR that finds nothing."""
+    some = multi_mnist.compose(*digits, 20, np.random.default_rng(0))
+    patched = {"load_split": lambda *_: some, "load_digits": lambda *_: digits, "PROBED": (60, 40), "UNLIKE": 10}
+    for name, value in patched.items():
+        monkeypatch.setattr(report, name, value)
+    folder, checkpoint = shutil.copytree(run[0], tmp_path / "run"), torch.load(run[0] / "checkpoint.pt")
+    assert "was not trained on multi-MNIST" in call(report.main, folder).stderr
+    torch.save(checkpoint | {"flags": checkpoint["flags"] | {"data": None}}, folder / "checkpoint.pt")
+    assert not (reported := call(report.main, folder)).returncode, reported.stderr
+    measured = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
+    counting, more = measured["counting"], measured["generalisation"]["more_digits"]
+    assert counting == counting | evaluate(load_air(run[0]), some, several_looks=True).metrics
+    low, high = counting["count_accuracy_interval"]
+    assert low < counting["count_accuracy"] < high and counting["importance_bound_100"] > counting["elbo"]
+    assert [(part["digits"], part["max_objects"]) for part in more] == [(3, 3), (3, 8), (4, 8), (5, 8)]
+    assert (folder / "report.png").stat().st_size > (folder / "unseen.png").stat().st_size > 10_000
+    air = AIR()
+    torch.nn.init.constant_(air.attend.present[-1].bias, -500)
+    assert report.localisation(report.infer_all(air, some.x), some)["all"]["pairs"] == 0
+    assert report.representation(air, *digits)["digit_class"] is None
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert "report.py: error: the probes need scikit-learn: pip install" in call(report.main, folder).stderr
+
+
+def test_speed_counts_the_matrix_products(capsys):
+    """What is recorded of a small network is what its layers need, forward and backward; and tables are printed."""
     layers = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
     with speed.MatrixProducts() as recorded:
         layers(torch.ones(2, 7)).square().sum().backward()
-    forward, weights, inputs = 2 * (7 * 5 + 5 * 3), 2 * (7 * 5 + 5 * 3), 2 * 5 * 3
-    assert recorded.multiply_adds == forward + weights + inputs
-    recorded.replay()()
-
-
-def test_speed_compares(capsys):
-    """Both guides and estimators, none of them faster than its floor."""
-    args = type("Args", (), {"batch_size": 8, "rounds": 3, "steps": 1})
-    line = speed.training(torch.zeros(100, 50, 50, dtype=torch.uint8), args)
-    assert list(line) == ["residual tracegraph", "residual traceenum", "rnn tracegraph", "rnn traceenum"]
-    assert all(version["floor_ratio"] > 1 for version in line.values())
-    assert "residual traceenum" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_estimators_compares_them_and_goes_on_where_it_was(data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(estimators, "MIDDLE", 20)
-    flags = ["--seeds", "0", "-n", "40", "-b", "8", "--draws", "2", "--eval-every", "20"]
-    flags += ["--data-dir", str(data_dir), "--out", str(tmp_path), "--estimators", "traceenum", "tracegraph, RNN"]
-    monkeypatch.setattr("sys.argv", ["estimators.py", *flags])
-    estimators.main()
-    out = capsys.readouterr().out
-    assert "traceenum, seed 0" in out and "tracegraph, RNN, seed 0" in out
-    noise = json.loads((tmp_path / "noise.json").read_text())
-    middle = int(list(noise)[1])  # where the signal found it
-    assert list(noise) == ["0", str(middle), "40"] and 20 <= middle < 40
-    assert set(noise["40"]) == {"traceenum", "tracegraph, RNN"}
-    assert (tmp_path / "estimators.png").stat().st_size > 10_000
-
-    # An interrupted run goes on, a finished one is left as it is.
-    finished, interrupted = tmp_path / "traceenum-seed0", tmp_path / "tracegraph-RNN-seed0"
-    before = (finished / "metrics.jsonl").read_bytes(), torch.load(interrupted / "checkpoint.pt")["parameters"]
-    shutil.copy(interrupted / "middle.pt", interrupted / "checkpoint.pt")
-    lines = (interrupted / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (interrupted / "metrics.jsonl").write_text(lines[0])
-    estimators.main()
-    out = capsys.readouterr().out
-    assert "tracegraph, RNN, seed 0" in out and "traceenum, seed 0" not in out
-    assert (finished / "metrics.jsonl").read_bytes() == before[0]
-    after = torch.load(interrupted / "checkpoint.pt")["parameters"]
-    assert all(torch.equal(after[name], value) for name, value in before[1].items())
+    assert recorded.multiply_adds == 2 * (7 * 5 + 5 * 3) + 2 * (7 * 5 + 5 * 3) + 2 * 5 * 3  # forward, weights, inputs
+    recorded.replay("cpu")()
+    for table in (lambda x: speed.training(x, 8, 1, 1), lambda x: speed.inference(x, 1, 1)):
+        table(torch.zeros(40, 50, 50, dtype=torch.uint8))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and [line[:21].strip() for line in lines[1:5]] == [" ".join(v) for v in speed.VERSIONS]
 
 
 def test_noise_of_the_gradients(x):
     """The exact sum is less noisy than samples, where z_pres is chosen."""
-    args = type("Args", (), {"num_steps": 4000, "draws": 30, "estimators": list(estimators.ESTIMATORS)})
-    pyro.set_rng_seed(0)
-    air = estimators.AIR()
+    pyro.enable_validation(False)
+    air, x = AIR(), x.float()
     checkpoint = {"air": air.config, "parameters": air.state_dict()}
-    measured = estimators.noise(checkpoint, 0, x.float(), args)
-    attend = {name: row["attend"] for name, row in measured.items()}
-    assert attend["traceenum"] < 0.8 * min(value for name, value in attend.items() if name != "traceenum")
+    attend = {name: row["attend"] for name, row in estimators.noise(checkpoint, 0.05, x, 20).items()}
+    rows = estimators.gradients("traceenum", checkpoint, 0.05, x, 20)["attend"].double()
+    mean, exact = sum(rows) / 20, attend.pop("traceenum")
+    variance = sum((row - mean).square().sum() for row in rows) / 19
+    assert exact == pytest.approx((variance / (mean.square().sum() - variance / 20)).item(), rel=1e-3)
+    assert exact < 0.8 * min(attend.values())
 
 
-def test_seeds_stops_each_run_at_its_step(data_dir, tmp_path, monkeypatch, capsys):
-    """Runs with the schedules of whole ones; what is there is not made again."""
-    own = ["--", "-n", "100000", "-b", "8", "--eval-every", "2", "--data-dir", str(data_dir)]
-    monkeypatch.setattr(sys, "argv", ["seeds.py", "--seeds", "0", "7", "--stop-at", "4", "--out", str(tmp_path), *own])
-    seeds.main()
-    out = capsys.readouterr().out
-    assert "seed     0:" in out and "seed     7:" in out and "2 seeds" in out and "at step 4" in out
-    for seed in (0, 7):
-        config = json.loads((tmp_path / f"seed{seed}" / "config.json").read_text())
-        assert config["flags"]["seed"] == seed and config["flags"]["num_steps"] == 100_000
-    monkeypatch.setattr(seeds.subprocess, "Popen", None)
-    seeds.main()
-    assert capsys.readouterr().out.splitlines()[-1] == out.splitlines()[-1]
+def test_without_a_part(x):
+    """Each makes a difference to training, but "gains" none to the density, nor where z_pres is summed out."""
+    x, air, canvas, dots = x.float(), AIR(), torch.rand(6, 50, 50, requires_grad=True), torch.zeros(1, 50, 50)
+
+    def train(part: str | None, estimator: str = "tracegraph") -> torch.Tensor:
+        pyro.set_rng_seed(0)
+        with without.left_out(part):
+            air = main.AIR(baseline="none")
+            svi, _ = main.make_svi(air, estimator)
+            air.set_count_prior(main.count_ratio(0, 10))
+            for images in (0 * x, x, x):  # The second gradient is much longer than the first.
+                svi.step(images)
+        return torch.cat([parameter.detach().flatten() for parameter in air.parameters()])
+
+    whole, exact, other = train(None), train(None, "traceenum"), train("gains", "traceenum")
+    assert all(not torch.equal(whole, train(part)) for part in without.PARTS) and torch.equal(whole, train(None))
+    assert torch.allclose(exact, other, atol=1e-4) and not torch.allclose(exact, whole, atol=1e-4)
+    with without.left_out("gains"):
+        guide, model = traces(air, x)
+    gains = poutine.trace(poutine.replay(air.eval().model, trace=guide)).get_trace(x)
+    assert gains.log_prob_sum().item() == pytest.approx(model.log_prob_sum().item()) and "gain_0" not in model
+    with without.left_out("dilation"):
+        assert torch.equal(air.attend.residual(x, canvas), (x - canvas).clamp(min=0))
+    with without.left_out("stop-gradient"):
+        for seen in air.attend.residual(x, canvas), air.crop(torch.tensor([[3.0, 0, 0]]).expand(6, 3), x, canvas):
+            assert torch.autograd.grad(seen.sum(), canvas)[0].any()
+    with without.left_out("peak"):
+        dots[:, 10, 30] = dots[:, 20, 40] = 1  # Halfway between is (35.5, 15.5), in pixels from the corner.
+        assert air.attend.peak(dots)[0].tolist() == pytest.approx([2 * 35.5 / 50 - 1, 2 * 15.5 / 50 - 1])
+    with without.left_out("exploration"), without.left_out("bias"):
+        assert main.AIR().exploration == 0 < air.exploration and main.AIR().decode.bias == 0 > air.decode.bias
 
 
-def test_seeds_of_whole_runs(data_dir, tmp_path, monkeypatch, capsys):
-    own = ["--", "-n", "4", "-b", "8", "--data-dir", str(data_dir)]
-    monkeypatch.setattr(sys, "argv", ["seeds.py", "--whole", "--seeds", "3", "--out", str(tmp_path), *own])
-    seeds.main()
-    out, last = capsys.readouterr().out, json.loads((tmp_path / "seed3/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["split"] == "test" and "test scenes" in out
-    assert f"sample {last['count_accuracy']:.2%}" in out and f"looks {last['count_accuracy_looks']:.2%}" in out
+def rows_of(script, *args) -> list[list[str]]:
+    assert not (called := call(script.main, *args)).returncode, called.stderr
+    return [line.strip("| ").split(" | ") for line in called.stdout.splitlines() if line.startswith("|")]
 
 
-def test_without_a_part(data_dir, tmp_path, monkeypatch):
-    """There is such a part, the likelihood in one piece is the same density, and a run goes without."""
-    for replacements in without.PARTS.values():
-        assert all(hasattr(where, name) for where, name, _ in replacements)
-
-    air, x = AIR(num_steps=2).eval(), torch.rand(5, 50, 50)
-    guide, model = air.traces(x)
-    other = poutine.trace(poutine.replay(partial(without.one_likelihood, air), trace=guide)).get_trace(x)
-    assert other.log_prob_sum().item() == pytest.approx(model.log_prob_sum().item())
-
-    dot = torch.zeros(1, 50, 50)
-    dot[:, 10, 30] = dot[:, 20, 40] = 1  # Halfway between is (35.5, 15.5), in pixels from the corner.
-    x_and_y = without.mean_place(air.attend, dot)[0]
-    assert x_and_y.tolist() == pytest.approx([2 * 35.5 / 50 - 1, 2 * 15.5 / 50 - 1])
-
-    canvas, pose = torch.full((5, 50, 50), 0.1, requires_grad=True), torch.tensor([[3.0, 0.0, 0.0]]).expand(5, 3)
-    for replacement in without.PARTS["stop-gradient"]:
-        monkeypatch.setattr(*replacement)
-    for part in (air.attend.residual(x, canvas), air.attend.crop(pose, x, canvas, 28)):
-        assert torch.autograd.grad(part.sum(), canvas)[0].abs().sum() > 0
-
-    own = ["--", "-n", "2", "-b", "8", "--data-dir", str(data_dir)]
-    flags = ["--whole", "--seeds", "0", "--without", "gains", "--out", str(tmp_path), *own]
-    monkeypatch.setattr(sys, "argv", ["seeds.py", *flags])
-    seeds.main()
-    monkeypatch.setattr(sys, "argv", ["seeds.py", *flags[:3], "--out", str(tmp_path / "all"), *own])
-    seeds.main()
-    lines = [metrics(folder / "seed0")[-1]["elbo"] for folder in (tmp_path, tmp_path / "all")]
-    assert lines[0] != lines[1]
+def test_seeds_trains_until_a_step(data_file, tmp_path, monkeypatch):
+    """With the schedules of whole runs, and without a part; what is there is not made again."""
+    flags = ["--out", tmp_path, "--", "-n", 100_000, "-b", 8, "--eval-every", 2, "--data", data_file]
+    rows = rows_of(seeds, "--seeds", 0, 7, "--at", 4, "--without", "gains", *flags)
+    lines = [metrics(tmp_path / f"seed{seed}")[1] for seed in (0, 7)]
+    assert all(line["step"] == 4 and line["baseline_r2"] is None for line in lines)
+    accuracies, elbos = ([line[key] for line in lines] for key in ("count_accuracy", "elbo"))
+    assert rows[0] == ["seed", "one sample", "ELBO"] and rows[3] == ["7", f"{accuracies[1]:.2%}", f"{elbos[1]:.1f}"]
+    assert rows[-1] == ["**worst**", f"{min(accuracies):.2%}", f"{min(elbos):.1f}"] and len(rows) == 7
+    monkeypatch.setattr(seeds, "unseen", lambda runs: f"| {AIR().decode.bias} | {len(runs)}")
+    again = rows_of(seeds, "--seeds", 0, 7, "--at", 4, "--without", "bias", "--unseen", *flags)
+    assert again == [*rows, ["0.0", "2"]]
+    shown = [", ".join(f"{value:.1%}" for value in accuracies), ", ".join(f"{value:.1f}" for value in elbos)]
+    assert rows_of(seeds, "--compare", tmp_path, "--at", 4)[-1] == [tmp_path.name, *shown]
+    assert "no evaluation at step 100" in call(seeds.main, "--compare", tmp_path, "--at", 100).stderr
 
 
-def test_sprites_are_as_many_as_they_say(monkeypatch, tmp_path):
-    """As many pieces of ink as shapes, or fewer where they touch; and no file that is there is replaced."""
-    monkeypatch.setattr(sys, "argv", ["sprites.py", str(tmp_path / "a.npz"), "-n", "60"])
-    sprites.main()
-    with pytest.raises(SystemExit, match="already exists"):
-        sprites.main()
-    x, counts = read_arrays(tmp_path / "a.npz")
-    assert x.shape == (60, 64, 64) and set(counts) == {0, 1, 2, 3}
-    for image, count in zip(x, counts):
-        inside = label(image >= 120)[1]
-        assert inside <= count and (inside > 0) == (count > 0)
-    assert np.mean([label(image > 0)[1] == count for image, count in zip(x, counts)]) > 0.7
-    monkeypatch.setattr(sys, "argv", ["sprites.py", str(tmp_path / "five.npz"), "-n", "5", "--shapes", "5", "5"])
-    sprites.main()
-    assert read_arrays(tmp_path / "five.npz")[1].tolist() == [5] * 5
-    with pytest.raises(ValueError, match="do not fit"):
-        sprites.scene(40, np.random.default_rng(0))
-    monkeypatch.setattr(sys, "argv", ["sprites.py", str(tmp_path / "b")])
-    with pytest.raises(SystemExit):
-        sprites.main()
-
-
-def test_first_evaluation_at_an_accuracy():
-    lines = [
-        {"split": "validation", "step": step, "seconds": step / 10, "count_accuracy": accuracy}
-        for step, accuracy in ((100, 0.5), (200, 0.91), (300, 0.89), (400, 0.96))
-    ]
-    assert estimators.first_at(lines, 0.90) == (200, 20.0) and estimators.first_at(lines, 0.95) == (400, 40.0)
-    assert estimators.first_at(lines, 0.98) == pytest.approx((float("inf"), float("inf")))
-
-
-def test_the_table_of_runs(run):
-    """Of one run: its own numbers, three times."""
-    folder, _ = run
-    last = metrics(folder)[-1]
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.table([folder]).splitlines()]
-    assert rows[0] == ["seed", "one sample", "five looks", "ELBO", "validation at step 500"]
-    assert [row[0] for row in rows[2:]] == ["0", "**mean**", "**worst**"]
-    expected = [f"{last['count_accuracy']:.2%}", f"{last['count_accuracy_looks']:.2%}", f"{last['elbo']:.1f}", ""]
-    assert all(row[1:] == expected for row in rows[2:])
-
-
-def test_the_comparison_of_settings(tmp_path):
-    for folder, seed, accuracy in (("a", 2, 0.5), ("a", 10, 0.7), ("b", 0, 0.9)):
-        lines = [
-            {"split": split, "step": 500, "count_accuracy": accuracy, "elbo": 600 + seed}
-            for split in ("validation", "test")
-        ]
-        (tmp_path / folder / f"seed{seed}").mkdir(parents=True)
-        (tmp_path / folder / f"seed{seed}" / "metrics.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in lines)
-        )
-    rows = table.comparison([tmp_path / "a", tmp_path / "b"], 500).splitlines()
-    assert rows[2:] == ["| a | 50.0%, 70.0% | 602.0, 610.0 |", "| b | 90.0% | 600.0 |"]
-    with pytest.raises(SystemExit, match="0 of 2 runs"):
-        table.comparison([tmp_path / "a"], 1000)
-
-
-def test_the_coins_are_counted_by_hand_and_others_are_trained_on():
-    """The hand count is that of the marked circles, and no crop to learn from shows anything of the hundred."""
-    with open(ROOT / "benchmarks/coins_counts.csv", newline="") as file:
-        rows = [{name: int(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    held_out = np.array([(r["left"], r["top"], r["left"] + r["width"], r["top"] + r["height"]) for r in rows])
-    _, inside = coins.coins_in(held_out)
-    assert len(rows) == 100 and inside.sum(1).tolist() == [row["count"] for row in rows]
-    cut = []
-    photograph = np.arange(303 * 384, dtype=np.uint32).reshape(303, 384)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coins, "canvas", lambda crop, rng: cut.append(crop))
-        list(coins.training_crops(photograph, 60, np.random.default_rng(0)))
-    seen = np.unique(np.concatenate([crop.ravel() for crop in cut]))
-    shown = np.zeros(photograph.size, bool)
-    for left, top, right, bottom in held_out:
-        shown[photograph[top:bottom, left:right].ravel()] = True
-    assert len(cut) == 60 and not shown[seen].any()
-
-
-def test_unlike_prints_a_share_for_each_kind(run, digits, monkeypatch, capsys):
-    monkeypatch.setattr(unlike, "load_digits", lambda *_: digits)
-    monkeypatch.setattr(sys, "argv", ["unlike.py", str(run[0]), "-n", "3"])
-    unlike.main()
-    lines = capsys.readouterr().out.splitlines()
+def test_scripts_print_what_they_measured_of_a_finished_run(run, digits, scenes, tmp_path, monkeypatch):
+    for name in ("seed3", "traceenum-seed0", "tracegraph-RNN-seed0", "tracegraph-none-seed0"):
+        shutil.copytree(run[0], tmp_path / name)
+        shutil.copy(run[0] / "checkpoint.pt", tmp_path / name / "middle.pt")
+    patched = [(report, "UNLIKE", 10), (coins, "CANVAS", 50), (estimators, "load_split", lambda *_: scenes)]
+    for patch in [*patched, *((script, "load_digits", lambda *_: digits) for script in (seeds, unlike))]:
+        monkeypatch.setattr(*patch)
+    last, rows = metrics(run[0])[-1], rows_of(seeds, "--whole", "--seeds", 3, "--out", tmp_path, "--unseen")
+    one, looks, elbo = f"{last['count_accuracy']:.2%}", f"{last['count_accuracy_looks']:.2%}", f"{last['elbo']:.1f}"
+    assert rows[0] == ["seed", "one sample", "five looks", "ELBO"] and rows[2] == ["3", one, looks, elbo]
+    more = [counted for _, counted, _ in report.more_digits(load_air(run[0]), *digits, 8)]
+    assert rows[8] == ["3", *(f"{part['count_accuracy']:.1%} ({part['count_accuracy_looks']:.1%})" for part in more)]
+    assert rows_of(seeds, "--whole", "--compare", tmp_path)[-1] == [tmp_path.name, f"{one} ({looks})", elbo]
+    rows = [row[0] for row in rows_of(estimators, "--seeds", 0, "--draws", 2, "-b", 8, "--out", tmp_path)]
+    assert rows[2:5] == [*estimators.ESTIMATORS] and rows[7:] == ["0"] * 3 + ["6"] * 6
+    assert "of 100 crops counted right" in call(coins.main, tmp_path / "seed3").stdout
+    lines = call(unlike.main, run[0], "-n", 2).stdout.splitlines()
     assert len(lines) == 17 and all(0 <= float(line.split()[-1].rstrip("%")) <= 100 for line in lines)
+
+
+def test_sprites_and_coins(tmp_path, monkeypatch):
+    """Sprites are as many pieces of ink as shapes; the coins' hand count is that of the circles; and crops are new."""
+    assert call(sprites.main, tmp_path / "a.npz", "-n", 60).returncode == 0
+    assert "already exists" in call(sprites.main, tmp_path / "a.npz").stderr
+    x, counts = np.load(tmp_path / "a.npz").values()
+    bright, any_ink = (np.array([label(image > least)[1] for image in x]) for least in (119, 0))
+    assert x.shape == (60, 64, 64) and set(counts) == {0, 1, 2, 3} and np.mean(any_ink == counts) > 0.7
+    assert (bright <= counts).all() and ((bright > 0) == (counts > 0)).all()
+    _, left, top, width, height, counts = coins.COUNTS.T
+    inside = coins.coins_in(np.stack([left, top, left + width, top + height], 1))[1]
+    assert len(counts) == 100 and inside.sum(1).tolist() == counts.tolist()
+    photograph, crops = np.arange(303 * 384, dtype=np.uint32).reshape(303, 384), []
+    monkeypatch.setattr(coins, "canvas", lambda crop, rng: crops.append(crop.ravel()))
+    list(coins.training_crops(photograph, 60, np.random.default_rng(0)))
+    held_out = [photograph[t : t + h, a : a + w].ravel() for a, t, w, h in zip(left, top, width, height)]
+    assert len(crops) == 60 and not np.intersect1d(np.concatenate(crops), np.concatenate(held_out)).size
