@@ -1,13 +1,15 @@
-"""Small drawn digits and scenes, so that the tests need neither the network nor MNIST."""
+"""Small drawn digits and scenes, so that the tests need neither the network nor MNIST; and main.py, called on them."""
 
 import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import main  # noqa: E402
 import multi_mnist  # noqa: E402
+import training.svi  # noqa: E402
+from training.checkpoint import read_checkpoint  # noqa: E402
+from training.run import read_metrics  # noqa: E402
+
+LIMIT = 600  # seconds that an event is waited for, however slow the machine is
+SHORT = ("-n", 6, "-b", 8, "--eval-every", 2, "--visdom", "off")
 
 
 @pytest.fixture(autouse=True)
@@ -62,20 +70,37 @@ def x(scenes):
 
 
 @pytest.fixture(scope="session")
-def data_dir(digits, tmp_path_factory):
-    """A data folder whose caches pass for the real splits but hold a few scenes of drawn digits."""
-    folder = tmp_path_factory.mktemp("data")
-    for i, split in enumerate(multi_mnist.SPLITS):
-        scenes = multi_mnist.compose(*digits, n=64, rng=np.random.default_rng(i))
-        multi_mnist.write_cache(folder / f"multi_mnist-{split}.npz", scenes, multi_mnist.cache_key(split))
-    return folder
-
-
-SHORT = ("-n", 6, "-b", 8, "--eval-every", 2)
+def data_file(digits, tmp_path_factory):
+    """640 scenes of drawn digits with their counts: 576 to train on, 64 held out."""
+    path = tmp_path_factory.mktemp("data") / "scenes.npz"
+    scenes = multi_mnist.compose(*digits, n=640, rng=np.random.default_rng(0))
+    np.savez(path, x=scenes.x, counts=scenes.counts)
+    return path
 
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(folder):
+    return [{**line, "seconds": None, "steps_per_s": None} for line in metrics(folder)]
+
+
+def state(folder) -> dict[str, torch.Tensor]:
+    """All that a run's future depends on, as one flat dictionary."""
+    checkpoint = read_checkpoint(folder)[0]
+    groups, moments = checkpoint["optimizer"]["param_groups"], checkpoint["optimizer"]["state"]
+    flat = {"rng": checkpoint["rng"], "step": torch.tensor(checkpoint["step"]), **checkpoint["parameters"]}
+    flat["running_norm"] = torch.tensor([group["running_norm"] for group in groups])
+    return flat | {f"{name} {i}": value for i, some in moments.items() for name, value in some.items()}
+
+
+def check_same(folder, other, last=0) -> None:
+    """Both runs are at the same step, with the same state, bit for bit, and the same (last) lines of metrics."""
+    assert untimed(folder)[-last:] == untimed(other)[-last:]
+    expected, actual = state(folder), state(other)
+    assert expected.keys() == actual.keys()
+    assert [name for name, value in expected.items() if not torch.equal(value, actual[name])] == []
 
 
 def call(main, *args) -> subprocess.CompletedProcess:
@@ -90,22 +115,127 @@ def call(main, *args) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
-def call_main(data_dir, *args, script=None) -> subprocess.CompletedProcess:
-    """main.py with these flags; with `script` in a process of its own."""
-    args = [*map(str, args), "--data-dir", str(data_dir)]
-    if not script:
-        return call(main.main, *args)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, env=environment)
+def call_main(data_file, *args) -> subprocess.CompletedProcess:
+    """main.py with these flags; it trains on the drawn digits if they name no other data."""
+    args = [*map(str, args)]
+    named = {"--data", "--load", "-h"} & set(args)
+    return call(main.main, *args, *(() if named else ("--data", data_file)))
 
 
 @pytest.fixture
-def run_main(data_dir):
-    return functools.partial(call_main, data_dir)
+def run_main(data_file):
+    return functools.partial(call_main, data_file)
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory, data_dir):
+def run(tmp_path_factory, data_file):
     """One finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    return folder, call_main(data_dir, *SHORT, "--visdom", "off", "--out", folder)
+    return folder, call_main(data_file, *SHORT, "--out", folder)
+
+
+@pytest.fixture
+def start(data_file):
+    """Start main.py, or another script, in a process of its own, and leave it running."""
+    runs = []
+
+    def start(*args, script=ROOT / "main.py", launcher=(), **options):
+        args = [*map(str, args)]
+        if "--load" not in args:
+            args += ["--data", str(data_file)]
+        command = [sys.executable, *launcher, str(script), *args]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        runs.append(subprocess.Popen(command, **options))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        if run.poll() is None:
+            run.kill()
+        run.communicate()
+
+
+# main.py that, after it has saved at the step of its first argument, goes on only when a signal has arrived. (It draws
+# nothing, which would take most of its time.)
+HELD = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import main
+from training import run
+
+def save_and_wait(folder, air, adam, state, processes, *others, save=run.save):
+    save(folder, air, adam, state, processes, *others)
+    while state.step == step and processes.is_main and not processes.stop_signal:
+        time.sleep(0.01)
+
+step, run.save, main.Pictures.show = int(sys.argv.pop(1)), save_and_wait, lambda *_: None
+main.main()
+"""
+
+
+# main.py that kills itself before one of its accesses to files in a folder; each file is written in two parts.
+KILLED = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import main
+
+def count(event, args):
+    global left
+    if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(folder):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def write_bytes(path, content):
+    for mode, part in (("wb", content[: len(content) // 2]), ("ab", content[len(content) // 2 :])):
+        with open(path, mode) as file:
+            file.write(part)
+
+left, folder, Path.write_bytes = int(sys.argv.pop(1)), sys.argv.pop(1), write_bytes
+sys.addaudithook(count)
+main.main()
+"""
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs in this process draw nothing, which would take most of their time."""
+    monkeypatch.setattr(main.Pictures, "show", lambda *_: None)
+
+
+def before(monkeypatch, name, do) -> None:
+    """Call `do` before main.py's function of that name, with its arguments."""
+    function = getattr(main, name)
+    monkeypatch.setattr(main, name, lambda *args: do(*args) or function(*args))
+
+
+def before_steps(monkeypatch, change) -> None:
+    """Call `change(number, x)` before each step of SVI: the number of the mini-batch, from 1 on, and its images."""
+    numbers, make_svi = itertools.count(1), training.svi.make_svi
+
+    def make(*args):
+        svi, adam = make_svi(*args)
+        step = svi.step
+        svi.step = lambda x: change(next(numbers), x) or step(x)
+        return svi, adam
+
+    monkeypatch.setattr(main, "make_svi", make)
+
+
+def files(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def reached(folder, step) -> bool:
+    """Whether the run in this folder has evaluated at this step or later."""
+    return any(line["step"] >= step for line in read_metrics(folder))
+
+
+def wait_for(event, run=None) -> None:
+    """Until `event()` is true; fails if the process `run` ends before, or after a time that no machine needs."""
+    until = time.monotonic() + LIMIT
+    while not event():
+        assert run is None or run.poll() is None or event(), run.communicate()[1]
+        assert time.monotonic() < until, "it never happened"
+        time.sleep(0.01)

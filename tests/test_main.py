@@ -1,46 +1,38 @@
 """main.py as its user calls it: short runs on a few scenes of drawn digits."""
 
 import json
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, SHORT, metrics
+from conftest import LIMIT, ROOT, SHORT, call, check_same, files, metrics
 from PIL import Image
 
+import main
 import multi_mnist
+import training.data
 from air import AIR
 from evaluation import evaluate
-from training.checkpoint import load_air
+from images import to_canvases
+from multi_mnist import Scenes
+from training.checkpoint import load_air, read_checkpoint
+from training.data import pose_prior
 from training.svi import count_ratio, schedule
 
-
-def parameters(folder):
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    tensors = list(checkpoint["parameters"].values())
-    for state in checkpoint["optimizer"]["state"].values():
-        tensors += [value for value in state.values() if torch.is_tensor(value)]
-    return [*tensors, checkpoint["rng"]]
+no_pictures = pytest.mark.usefixtures("no_pictures")
+QUICK = (*SHORT, "-n", 2)
 
 
 def test_a_run_leaves_what_it_should(run):
     folder, finished = run
     assert finished.returncode == 0, finished.stderr
     assert "count accuracy" in finished.stdout and str(folder) in finished.stdout
-    assert "6/6" in finished.stderr and "ELBO" in finished.stderr and "validation accuracy" in finished.stderr
-    pictures = ("attention", "reconstruction", "steps", "mistakes", "prior", "curves", "confusion")
-    names = {"checkpoint.pt", "config.json", "metrics.jsonl", ".lock", *(f"{name}.png" for name in pictures)}
-    assert {file.name for file in folder.iterdir()} == names
+    assert "6/6" in finished.stderr and "loss -" in finished.stderr and "validation accuracy" in finished.stderr
+    assert "ELBO" not in finished.stderr  # That of metrics.jsonl has another prior on the count.
+    pictures = "attention.png reconstruction.png steps.png mistakes.png prior.png curves.png confusion.png"
+    assert files(folder).keys() == {*pictures.split(), "checkpoint.pt", "config.json", "metrics.jsonl", ".lock"}
     lines = metrics(folder)
-    assert [(line["split"], line["step"]) for line in lines] == [
-        ("validation", 2),
-        ("validation", 4),
-        ("validation", 6),
-        ("test", 6),
-    ]
+    assert [(line["split"], line["step"]) for line in lines] == [*(("validation", n) for n in (2, 4, 6)), ("test", 6)]
     for line in lines:
         confusion = np.array(line["confusion"])
         assert confusion.shape == (3, 4) and confusion.sum() == line["images"] == 64
@@ -53,240 +45,144 @@ def test_a_run_leaves_what_it_should(run):
 
 def test_eval_only_prints_the_line_of_the_run(run, run_main, tmp_path, scenes):
     folder, _ = run
-    evaluated = run_main("--load", folder, "--eval-only")
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert json.loads(evaluated.stdout) == metrics(folder)[-1]
-
-    more = json.loads(run_main("--load", folder, "--eval-only", "-t", 5).stdout)
-    assert np.array(more["confusion"]).shape == (3, 6)
-
-    np.savez(tmp_path / "own.npz", x=scenes.x[:5] / 255)
-    evaluated = run_main("--load", folder / "checkpoint.pt", "--eval-only", "--data", tmp_path / "own.npz")
-    line = json.loads(evaluated.stdout)
-    assert line["split"] == "data" and line["images"] == 5 and line["step"] == 6
-    assert line["count_accuracy"] is line["confusion"] is line["count_accuracy_mode"] is None
+    assert json.loads(run_main("--load", folder, "--eval-only").stdout) == metrics(folder)[-1]
+    for counts in {"counts": scenes.counts[:5]}, {}:
+        np.savez(tmp_path / "own.npz", x=scenes.x[:5], **counts)
+        evaluated = run_main("--load", folder / "checkpoint.pt", "--eval-only", "--data", tmp_path / "own.npz", "-t", 5)
+        line = json.loads(evaluated.stdout)
+        assert line["split"] == "data" and line["images"] == 5 and line["step"] == 6
+        assert (line["count_accuracy"] is line["count_accuracy_mode"] is None) == (not counts)
+        assert np.shape(line["confusion"]) == ((scenes.counts[:5].max() + 1, 6) if counts else ())
 
 
-@pytest.mark.parametrize("flags", [("--estimator", "traceenum"), ("--baseline", "none")], ids=" ".join)
-def test_the_other_estimators(flags, run, run_main, tmp_path):
-    """They train to other parameters than the default, from the same ones, and can be resumed."""
-    finished = run_main(*SHORT, *flags, "--out", tmp_path / "run")
+@no_pictures
+@pytest.mark.parametrize("flags", ["--estimator traceenum", "--baseline none", "--guide rnn"])
+def test_other_ways_to_train(flags, run, run_main, tmp_path):
+    """They train to other parameters than the default, and can be resumed."""
+    finished = run_main(*QUICK, *flags.split(), "--out", tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
-    assert metrics(tmp_path / "run")[-1]["baseline_r2"] is None and metrics(run[0])[-1]["baseline_r2"] < 1
-    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert not any(name.startswith("baseline.") for name in checkpoint["parameters"])
-    decoder = "decode.mlp.0.weight"
-    default = torch.load(run[0] / "checkpoint.pt", weights_only=True)["parameters"][decoder]
-    assert 0 < (checkpoint["parameters"][decoder] - default).abs().max() < 0.1
-    resumed = run_main("--load", tmp_path / "run", "-n", 8, "--out", tmp_path / "longer")
-    assert resumed.returncode == 0, resumed.stderr
-    assert metrics(tmp_path / "longer")[-1]["step"] == 8
+    checkpoint, default = read_checkpoint(tmp_path / "run")[0], read_checkpoint(run[0])[0]
+    has_baseline, decoder = flags == "--guide rnn", "decode.mlp.0.weight"
+    assert any(name.startswith("baseline.") for name in checkpoint["parameters"]) == has_baseline
+    assert (metrics(tmp_path / "run")[-1]["baseline_r2"] is not None) == has_baseline
+    assert checkpoint["air"]["guide"] == ("rnn" if has_baseline else "residual")
+    assert 0 < (checkpoint["parameters"][decoder] - default["parameters"][decoder]).abs().max() < 0.1
+    resumed = run_main("--load", tmp_path / "run", "-n", 3)
+    assert resumed.returncode == 0 and metrics(tmp_path / "run")[-1]["step"] == 3, resumed.stderr
 
 
-def test_the_papers_guide(run_main, tmp_path):
-    finished = run_main(*SHORT, "--guide", "rnn", "--out", tmp_path / "run")
-    assert finished.returncode == 0, finished.stderr
-    assert load_air(tmp_path / "run").config["guide"] == "rnn"
-    resumed = run_main("--load", tmp_path / "run", "-n", 8)
-    assert resumed.returncode == 0, resumed.stderr
-
-
-INTERRUPTED = """
-import sys
-sys.path.insert(0, {root!r})
-import main
-from air import AIR
-save = main.Run.save
-def save_and_stop(run):
-    save(run)
-    raise KeyboardInterrupt
-main.Run.save = save_and_stop
-main.main()
-"""
-
-
-def test_a_resumed_run_is_the_run_that_was_never_interrupted(run, run_main, tmp_path):
-    """Bit for bit, though it was also evaluated at other times: evaluation disturbs nothing."""
-    straight, _ = run
-    script = tmp_path / "interrupted.py"
-    script.write_text(INTERRUPTED.format(root=str(ROOT)))
-    stopped = run_main("-n", 6, "-b", 8, "--eval-every", 3, "--out", tmp_path / "run", script=script)
-    assert stopped.returncode == 130
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
-
-    resumed = run_main("--load", tmp_path / "run", "--eval-every", 2)
-    assert resumed.returncode == 0, resumed.stderr
-    assert all(torch.equal(a, b) for a, b in zip(parameters(straight), parameters(tmp_path / "run")))
-    (*_, expected), (*_, actual) = metrics(straight), metrics(tmp_path / "run")
-    assert {**expected, "seconds": 0, "steps_per_s": 0} == {**actual, "seconds": 0, "steps_per_s": 0}
-
-    # From a finished run there is nothing to train; and lines past a checkpoint are dropped.
-    elsewhere = run_main("--load", straight, "-n", 8, "--out", tmp_path / "longer", "--eval-every", 4)
-    assert elsewhere.returncode == 0, elsewhere.stderr
-    assert [line["step"] for line in metrics(tmp_path / "longer")] == [2, 4, 6, 8, 8]
-    assert [line["step"] for line in metrics(straight)] == [2, 4, 6, 6]
+@no_pictures
+def test_the_same_run_in_other_circumstances(run, run_main, tmp_path):
+    """Evaluated at other times; in a thread, where Python lets it handle no signals; and lines past a checkpoint are
+    dropped on resuming."""
+    folder = tmp_path / "run"
+    thread = threading.Thread(target=run_main, args=(*SHORT, "--eval-every", 500, "--out", folder))
+    thread.start()
+    thread.join(LIMIT)
+    check_same(run[0], folder, last=2)
+    lines = (run[0] / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(lines + lines.replace('"step": 6', '"step": 7') + '{"step": 3')
+    assert run_main("--load", folder, "-n", 8, "--eval-every", 4).returncode == 0
+    assert [line["step"] for line in metrics(folder)] == [2, 4, 6, 2, 4, 8, 8]
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_users_own_images(labelled, run_main, digits, tmp_path):
-    """60 images of 40 x 36 pixels: trained on 54, the last 6 held out; accuracy is told only if counts are there."""
+    """60 images of 40 x 36 pixels, an array with true counts, or a folder of files dark on light without."""
     own = multi_mnist.compose(*digits, n=60, rng=np.random.default_rng(3), canvas_size=40)
-    own = own._replace(x=own.x * (np.abs(np.arange(40) - 19.5) < 18))  # 2 empty columns on each side
-    flags = (*SHORT, "-n", 4, "--eval-every", 2, "--data", tmp_path / "own.npz", "--out", tmp_path / "run")
-    np.savez(tmp_path / "own.npz", x=own.x[:, :, 2:-2], **({"counts": own.counts} if labelled else {}))
-    finished = run_main(*flags)
+    x = own.x[:, :, 2:-2]
+    data, folder = tmp_path / ("own.npz" if labelled else "own"), tmp_path / "run"
+    if labelled:
+        np.savez(data, x=x, counts=own.counts)
+    else:
+        data.mkdir()
+        for i, image in enumerate(x):
+            Image.fromarray(255 - image).save(data / f"{i:02}.png")
+        (data / "notes.txt").write_text("no image")
+    finished = run_main(*QUICK, "--data", data, "--out", folder)
     assert finished.returncode == 0, finished.stderr
-    lines = metrics(tmp_path / "run")
-    assert [line["images"] for line in lines] == [6, 6, 6] and ("count accuracy" in finished.stdout) == labelled
-    air = load_air(tmp_path / "run" / "checkpoint.pt")
+    assert finished.stderr.count("notes.txt cannot be read") == finished.stderr.count("inverted (") == (not labelled)
+    lines, air = metrics(folder), load_air(folder)
+    assert [line["images"] for line in lines] == [6, 6] and ("count accuracy" in finished.stdout) == labelled
     assert air.image_size == 40
-    expected = evaluate(air, multi_mnist.Scenes(own.x[-6:], own.counts[-6:])).metrics
+    expected = evaluate(air, Scenes(to_canvases(x[-6:]).x, own.counts[-6:])).metrics
     assert lines[-1]["elbo"] == pytest.approx(expected["elbo"])
     assert lines[-1]["count_accuracy"] == (expected["count_accuracy"] if labelled else None)
-    assert (tmp_path / "run" / "mistakes.png").exists() == (tmp_path / "run" / "confusion.png").exists() == labelled
-
+    assert (folder / "mistakes.png").exists() == (folder / "confusion.png").exists() == labelled
     # A run knows its images; what is in a file that is named is what is evaluated.
-    evaluated = json.loads(run_main("--load", tmp_path / "run", "--eval-only").stdout)
-    assert evaluated["split"] == "test" and evaluated == lines[-1]
-    whole = json.loads(run_main("--load", tmp_path / "run", "--eval-only", "--data", tmp_path / "own.npz").stdout)
+    assert json.loads(run_main("--load", folder, "--eval-only").stdout) == lines[-1]
+    whole = json.loads(run_main("--load", folder, "--eval-only", "--data", data).stdout)
     assert whole["split"] == "data" and whole["images"] == 60
 
 
-def test_images_are_known_by_what_they_are(run_main, scenes, monkeypatch, tmp_path):
+@no_pictures
+def test_images_are_known_by_what_they_are(run_main, scenes, tmp_path):
     """Not by their file's name: the same may be somewhere else, and others may have its name."""
-    project, moved = tmp_path / "project", tmp_path / "moved"
-    project.mkdir()
-    monkeypatch.chdir(project)
-    np.savez("my.npz", x=scenes.x[:60])
-    assert run_main("-n", 2, "-b", 8, "--data", "my.npz", "--out", "run").returncode == 0
-    project.rename(moved)
-    monkeypatch.chdir(moved)
-    assert run_main("--load", "run", "-n", 3).returncode == 0
-    monkeypatch.chdir(tmp_path)
-    gone = run_main("--load", moved / "run", "-n", 4)
-    assert gone.returncode == 2 and "my.npz, where the run's images were; --data names their place" in gone.stderr
-    assert len(gone.stderr.splitlines()) == 1
-    assert run_main("--load", moved / "run", "-n", 4, "--data", moved / "my.npz").returncode == 0
+    data, moved, folder = tmp_path / "my.npz", ("--data", tmp_path / "moved.npz"), tmp_path / "run"
+    np.savez(data, x=scenes.x[:60])
+    assert run_main(*QUICK, "--data", data, "--out", folder).returncode == 0
+    data.rename(moved[1])
+    gone = run_main("--load", folder, "--eval-only")
+    assert gone.returncode == 2 and "my.npz, where the run's images were; --data names others" in gone.stderr
+    assert run_main("--load", folder, "-n", 3, *moved).returncode == 0
 
-    np.savez(moved / "my.npz", x=scenes.x[60:120])
-    before = (moved / "run" / "checkpoint.pt").read_bytes()
-    for flags in ((), ("--data", moved / "my.npz")):
-        refused = run_main("--load", moved / "run", "-n", 5, *flags)
-        assert refused.returncode == 2 and "trained on other images" in refused.stderr
-    refused = run_main("--load", moved / "run", "--eval-only")
-    assert refused.returncode == 2 and "other images than the run was trained on" in refused.stderr
-    assert (moved / "run" / "checkpoint.pt").read_bytes() == before
-    elsewhere = run_main("--load", moved / "run", "-n", 5, "--out", tmp_path / "new")
-    assert elsewhere.returncode == 0, elsewhere.stderr
+    np.savez(moved[1], x=scenes.x[60:120])
+    earlier = files(folder)
+    for flags, error in (("-n", 4), "was trained on other images"), (("--eval-only",), "has other images than the run"):
+        refused = run_main("--load", folder, *flags)
+        assert refused.returncode == 2 and error in refused.stderr.splitlines()[-1] and files(folder) == earlier
+    assert run_main("--load", folder, "-n", 4, "--out", tmp_path / "new").returncode == 0
 
 
-def test_own_images_that_do_not_do(run, run_main, scenes, tmp_path):
+def test_own_images_that_do_not_do(run_main, scenes, tmp_path):
+    """They are refused in one line, and no folder is left behind."""
     np.savez(tmp_path / "one.npz", x=scenes.x[:1])
     np.savez(tmp_path / "own.npz", x=scenes.x[:60], counts=scenes.counts[:60])
     np.savez(tmp_path / "empty.npz", x=0 * scenes.x[:60])
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     for flags, error in (
-        (("--data", tmp_path / "one.npz"), "too few images to hold out a tenth: 1"),
-        (("--data", tmp_path / "own.npz", "-t", 1), "--model-steps 1: there are images with 2 objects"),
-        (("--data", tmp_path / "empty.npz"), "the images are all empty"),
-        (("--data", tmp_path / "folder"), "has no files (subfolders are not looked into)"),
-        (("--data", tmp_path / "own.npz", "--object-size", 45), "larger than the canvas of 50 pixels"),
-        (("--object-size", 45), "larger than the canvas of 50 pixels"),
+        ("one.npz", "too few images to hold out a tenth: 1"),
+        ("own.npz -t 1", "--max-objects 1: there are images with 2 objects"),
+        ("empty.npz", "the images are all empty"),
+        ("folder", "has no files (subfolders are not looked into)"),
+        ("own.npz --object-size 45", "larger than the canvas of 50 pixels"),
     ):
-        refused = run_main(*flags, "--visdom", "off", "--out", tmp_path / "run")
-        assert refused.returncode == 2 and error in refused.stderr and len(refused.stderr.splitlines()) == 1
-        assert not (tmp_path / "run").exists()
+        refused = run_main(*SHORT, "--out", tmp_path / "run", "--data", *f"{tmp_path}/{flags}".split())
+        assert refused.returncode == 2 and error in refused.stderr.splitlines()[-1] and not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_images_dark_on_light(run, run_main, scenes, tmp_path):
-    """Trained on, resumed, evaluated and predicted by one rule; what was done to them is said."""
-    images = tmp_path / "images"
-    images.mkdir()
-    for i, x in enumerate(scenes.x[:40]):
-        Image.fromarray(255 - x).save(images / f"{i:02}.png")
-    (images / "notes.txt").write_text("no image")
-    np.savez(tmp_path / "light.npz", x=scenes.x[:40])
-    folders = [tmp_path / "dark", tmp_path / "light"]
-    runs = [
-        run_main("-n", 2, "-b", 8, "--visdom", "off", "--out", folder, "--data", data)
-        for folder, data in zip(folders, (images, tmp_path / "light.npz"))
-    ]
-    assert [finished.returncode for finished in runs] == [0, 0], runs[0].stderr
-    dark, light = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders)
-    assert dark["air"] == light["air"]
-    for name, parameter in dark["parameters"].items():
-        torch.testing.assert_close(parameter, light["parameters"][name], atol=0.01, rtol=0)
-    assert "inverted (--no-invert" in runs[0].stderr and "inverted" not in runs[1].stderr
-    assert runs[0].stderr.count("notes.txt cannot be read") == 1
-    resumed = run_main("--load", folders[0], "-n", 4, "--visdom", "off")
-    assert resumed.returncode == 0, resumed.stderr
-    held_out, as_they_are = (
-        json.loads(run_main("--load", folders[0], "--eval-only", "--data", images, *flags).stdout)
-        for flags in ((), ("--no-invert",))
-    )
-    # Nothing is lighter than a white page: as they are, all are empty, and easy to explain.
-    assert held_out["images"] == 40 and held_out["elbo"] < as_they_are["elbo"] - 50
-
-
-def test_the_prior_on_poses_fits_the_objects(run_main, scenes, tmp_path):
-    """Estimated from the images, or as told, in pixels or as a share; and multi-MNIST's own is left alone."""
-    small = np.zeros((40, 100, 100), np.uint8)
-    small[:, 20:30, 40:48] = small[:, 60:70, 40:48] = 255  # ten pixels long
-    np.savez(tmp_path / "small.npz", x=small)
-    own = ("--data", tmp_path / "small.npz")
-    for i, (flags, s) in enumerate(
-        [
-            ((), 3),
-            (own, 100 / 11.5),
-            ((*own, "--object-size", 20), 100 / 23),
-            ((*own, "--object-size", 0.3), 100 / 34.5),
-        ]
-    ):
-        folder = tmp_path / str(i)
-        finished = run_main("-n", 1, "-b", 8, "--visdom", "off", "--out", folder, *flags)
-        assert finished.returncode == 0, finished.stderr
-        prior = json.loads((folder / "config.json").read_text())["air"]
-        assert prior["z_where_loc"] == pytest.approx([s, 0, 0])
-        assert prior["z_where_scale"] == pytest.approx([s / 15, s / 3, s / 3])
-        assert ("--object-size" in finished.stderr) == bool(flags)
-    assert run_main("--load", folder, "-n", 2, "--visdom", "off").returncode == 0
-
-
-def test_learning_rate_and_count_prior_follow_their_schedules(run_main, monkeypatch, tmp_path):
-    ratios = []
+@no_pictures
+def test_by_default_multi_mnist(run, monkeypatch, scenes, tmp_path):
+    """With the prior on poses of the paper, and by the schedules; a run's evaluation is on its test scenes."""
+    parts, folder, ratios = {"train": 0, "validation": 100, "test": 150}, tmp_path / "run", []
+    splits = {split: Scenes(*(part[i : i + 50 + 50 * (i == 0)] for part in scenes)) for split, i in parts.items()}
+    monkeypatch.setattr(training.data, "load_split", lambda split, data_dir: splits[split])
     set_count_prior = AIR.set_count_prior
     monkeypatch.setattr(AIR, "set_count_prior", lambda air, ratio: ratios.append(ratio) or set_count_prior(air, ratio))
-    flags = "-n", 5, "-b", 8, "-blr", 0.1, "--object-size", 16, "--visdom", "off", "--out", tmp_path / "run"
-    assert run_main(*flags).returncode == 0
-    assert ratios == pytest.approx([count_ratio(step, 5, window=16 * 1.15) for step in range(5)])
-    assert ratios[0] < count_ratio(0, 5)
-    groups = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
+    finished = call(main.main, *QUICK, "-n", 5, "--eval-every", 5, "-blr", 0.1, "--out", folder)
+    assert finished.returncode == 0 and "--object-size" not in finished.stderr, finished.stderr
+    assert ratios == [count_ratio(step, 5) for step in range(5)]
+    checkpoint = read_checkpoint(folder)[0]
+    groups = checkpoint["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == [schedule(4, 5) * 4e-3, schedule(4, 5) * 0.1]
-    assert all(tuple(group["betas"]) == (0.9, 0.95) for group in groups)
+    assert checkpoint["air"]["z_where_loc"] == (3, 0, 0) and checkpoint["air"]["z_where_scale"] == (0.2, 1, 1)
+    evaluated = json.loads(call(main.main, "--load", folder, "--eval-only").stdout)
+    assert evaluated == metrics(folder)[-1] and evaluated["split"] == "test" and evaluated["images"] == 50
 
 
-def test_in_a_thread(run_main, tmp_path):
-    """Where Python does not let it handle signals."""
-    results = []
-    run = threading.Thread(target=lambda: results.append(run_main("-n", 2, "-b", 8, "--out", tmp_path / "run")))
-    run.start()
-    run.join()
-    assert results[0].returncode == 0, results[0].stderr
-    assert metrics(tmp_path / "run")[-1]["step"] == 2
-
-
-def test_help_is_quick_to_import():
-    """What only pictures and benchmarks need is not imported to show the help."""
-    command = [sys.executable, "-X", "importtime", ROOT / "main.py", "-h"]
-    imported = subprocess.run(command, capture_output=True, text=True).stderr
-    names = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in imported.splitlines() if "|" in line}
-    assert "torch" in names and not names & {"sklearn", "visdom", "matplotlib"}
+def test_the_prior_on_poses_fits_the_objects():
+    """Estimated from the images, or as told, in pixels or as a share."""
+    x = np.zeros((40, 100, 100), np.uint8)
+    x[:, 20:30, 40:48] = x[:, 60:70, 40:48] = 255  # ten pixels long
+    for object_size, s in ((None, 100 / 11.5), (20, 100 / 23), (0.3, 100 / 34.5)):
+        prior = pose_prior(x, object_size)
+        assert prior["z_where_loc"] == pytest.approx([s, 0, 0])
+        assert prior["z_where_scale"] == pytest.approx([s / 15, s / 3, s / 3])
 
 
 @pytest.mark.mnist
 @pytest.mark.slow
 def test_it_learns_to_count(tmp_path):
     """600 steps on real MNIST: far above the 50% of a model that only tells empty scenes from others."""
-    command = [sys.executable, ROOT / "main.py", "-n", "600", "--out", tmp_path / "run", "--data-dir", ROOT / "data"]
-    subprocess.run(command, check=True)
-    assert metrics(tmp_path / "run")[-1]["count_accuracy"] > 0.93
+    finished = call(main.main, "-n", 600, "--visdom", "off", "--out", tmp_path / "run", "--data-dir", ROOT / "data")
+    assert finished.returncode == 0 and metrics(tmp_path / "run")[-1]["count_accuracy"] > 0.93

@@ -3,94 +3,76 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HELD, LIMIT, ROOT, SHORT, check_same, files, reached, wait_for
 from pyro.infer import TraceGraph_ELBO
-from test_run import metrics, state
 
-import multi_mnist
 from air import AIR
 from training.checkpoint import read_checkpoint
+from training.data import load_own_scenes
 from training.svi import count_ratio, make_svi
 
-SHORT = ("-b", 8, "--visdom", "off", "--viz-every", 1000)
+QUICK, LOAD = (*SHORT, "--viz-every", 10**6), ("--visdom", "off", "--load")
 
-# main.py, but it keeps the checkpoint of step 1, each process tells its parameters in the end, and the
+# main.py, but it keeps the checkpoint of step 1, each process tells its parameters at the end, and the
 # second process has a fault in its third mini-batch.
 WORKER = f"""
 import os, shutil, sys
-sys.path.insert(0, {str(ROOT)!r})
-import pyro, torch
-import main, training.run
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import pyro, pytest, torch
+import main
+from conftest import before_steps
+from training import run
 
-folder, *flags = sys.argv[1:]
-calls = []
+folder, rank = sys.argv.pop(1), os.environ["RANK"]
 
-class KeepingRun(main.Run):
-    def save(self):
-        super().save()
-        if self.step == 1 and self.processes.is_main:
-            shutil.copy(self.folder / "checkpoint.pt", folder + "/first.pt")
+def save_and_keep(to, air, adam, state, processes, *others, save=run.save):
+    save(to, air, adam, state, processes, *others)
+    if state.step == 1 and processes.is_main:
+        shutil.copy(to / "checkpoint.pt", folder + "/first.pt")
 
-def poisoned(x, to_images=training.run.to_images):
-    calls.append(len(x))
-    return to_images(x) * (float("nan") if (os.environ["RANK"], len(calls)) == ("1", 3) else 1)
-
-main.Run, training.run.to_images = KeepingRun, poisoned
-try:
-    main.main(flags)
-finally:
-    parameters = {{name: value.detach().clone() for name, value in pyro.get_param_store().items()}}
-    torch.save(parameters, folder + "/rank" + os.environ["RANK"] + ".pt")
+run.save = save_and_keep
+before_steps(pytest.MonkeyPatch(), lambda i, x: (rank, i) == ("1", 3) and x.fill_(torch.nan) is None)
+main.main()
+torch.save({{name: x.detach().clone() for name, x in pyro.get_param_store().items()}}, folder + "/rank" + rank + ".pt")
 """
 
 
 @pytest.fixture
-def torchrun(data_dir):
-    """Start a script in two processes."""
-
-    def start(*args, script=ROOT / "main.py"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-        command += [*map(str, args), "--data-dir", str(data_dir)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-
-    return start
+def torchrun(start):
+    return partial(start, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), cwd=ROOT)
 
 
 def finish(run):
-    out, err = run.communicate(timeout=200)
-    assert run.returncode == 0, err
-    return err
+    _, errors = run.communicate(timeout=LIMIT)
+    assert run.returncode == 0, errors
+    return errors
 
 
-def test_two_processes_are_one(torchrun, tmp_path, data_dir):
+def test_two_processes_are_one(torchrun, tmp_path, data_file):
     """Their first step has the gradient of the whole mini-batch, and they stay the same to the last bit."""
-    worker = tmp_path / "worker.py"
+    folder, worker = tmp_path / "run", tmp_path / "worker.py"
     worker.write_text(WORKER)
-    folder = tmp_path / "run"
-    errors = finish(torchrun(tmp_path, *SHORT, "-n", 10, "--eval-every", 1, "--out", folder, script=worker))
+    errors = finish(torchrun(tmp_path, *QUICK, "--eval-every", 1, "--out", folder, script=worker))
     # What one of them cannot use is skipped by both, and told once.
     assert errors.count("skipped step") == 1 and "skipped step 3" in errors
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    saved = read_checkpoint(folder / "checkpoint.pt")[0]["parameters"]
-    assert len(first) > 20 and first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-        assert torch.equal(value, saved[name.removeprefix("air$$$")]), name
+    ranks, checkpoint = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)], read_checkpoint(folder)[0]
+    assert len(ranks[0]) > 20 and ranks[0].keys() == ranks[1].keys()
+    for name, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][name]), name
+        assert torch.equal(value, checkpoint["parameters"][name.removeprefix("air$$$")]), name
 
     # The gradient, by Pyro's own estimator in one process.
-    scenes = multi_mnist.load_split("train", data_dir)
+    scenes = load_own_scenes(data_file, None, None, 3)[0]
     pyro.set_rng_seed(0)
-    air = AIR()
-    air.set_count_prior(count_ratio(0, 10))
-    _, adam = make_svi(air, "tracegraph")
+    air = AIR(**checkpoint["air"])
+    air.set_count_prior(count_ratio(0, 6, air.usual_window))
     for rank in (0, 1):
         if rank == 1:
             torch.manual_seed(int(np.random.SeedSequence([0, 1, 0]).generate_state(1)[0]))
@@ -98,82 +80,71 @@ def test_two_processes_are_one(torchrun, tmp_path, data_dir):
         x = x[torch.randint(len(x), (4,))].float() / 255
         TraceGraph_ELBO(max_plate_nesting=1).loss_and_grads(air.model, air.guide, x)
     moments = read_checkpoint(tmp_path / "first.pt")[0]["optimizer"]["state"]
-    parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in make_svi(air, "tracegraph")[1].param_groups for parameter in group["params"]]
+    assert len(moments) == len(parameters) == len(ranks[0])
     for number, parameter in enumerate(parameters):
-        # Adam's first moment after one step is a tenth of the gradient.
-        gradient = 10 * moments[number]["exp_avg"]
+        gradient = 10 * moments[number]["exp_avg"]  # Adam's first moment after one step is a tenth of it.
         assert torch.allclose(gradient, parameter.grad, rtol=1e-3, atol=1e-4 * parameter.grad.abs().max())
 
 
-def test_a_lost_process_ends_the_job_and_another_number_goes_on(torchrun, run_main, tmp_path):
-    folder = tmp_path / "run"
-    run = torchrun(*SHORT, "-n", 10_000, "--eval-every", 2, "--out", folder)
-    while not (folder / "checkpoint.pt").exists():
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
-    assert len(children) == 2
+def test_a_lost_process_ends_the_job_and_another_number_goes_on(torchrun, run_main, no_pictures, tmp_path):
+    """And SIGHUP to torchrun stops the job so that it saves, though it was started with nohup."""
+    folder, script = tmp_path / "run", tmp_path / "held.py"
+    run = torchrun(*QUICK, "-n", 10**6, "--out", folder)
+    wait_for(lambda: reached(folder, 4), run)  # so that the checkpoint of step 2 is there
     ranks = {}
-    for child in children:
-        with open(f"/proc/{child}/environ") as file:
-            ranks[dict(line.split("=", 1) for line in file.read().split("\0") if "=" in line)["RANK"]] = int(child)
+    for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_text().split("\0")
+        ranks[dict(line.split("=", 1) for line in environment if "=" in line)["RANK"]] = int(child)
+    assert ranks.keys() == {"0", "1"}
     os.kill(ranks["1"], signal.SIGKILL)
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=LIMIT)
     assert run.returncode != 0 and "main.py FAILED" in errors
     assert "another process of the job is lost" in errors and "skipped step" not in errors
-    reached = read_checkpoint(folder / "checkpoint.pt")[0]["step"]
-    assert reached >= 2
-
-    alone = run_main("--load", folder, "-n", reached + 2)
-    assert alone.returncode == 0, alone.stderr
-    finish(torchrun("--load", folder, "-n", reached + 4))
-    assert metrics(folder)[-1]["step"] == reached + 4
-
-
-@pytest.mark.slow
-def test_machines_with_checkpoints_of_different_steps(torchrun, run_main, tmp_path):
-    """As when the second has the copy of an earlier interruption: told at once, and nothing is changed."""
-    run, worker = tmp_path / "0" / "run", tmp_path / "worker.py"
-    assert run_main(*SHORT, "-n", 1, "--out", run).returncode == 0
-    shutil.copytree(run, tmp_path / "1" / "run")
-    assert run_main("--load", run, "-n", 2).returncode == 0
-    before = {file.name: file.read_bytes() for file in run.iterdir()}
-    worker.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main\n"
-        f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])\nmain.main()"
-    )
-    job = torchrun("--load", "run", "-n", 4, script=worker)
-    _, errors = job.communicate(timeout=60)
-    assert job.returncode != 0 and "checkpoints are of different steps" in errors
-    assert before == {file.name: file.read_bytes() for file in run.iterdir()}
+    step = read_checkpoint(folder)[0]["step"]
+    assert step >= 2
+    assert run_main(*LOAD, folder, "-n", step + 1).returncode == 0
+    script.write_text(HELD)
+    nohup = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    run = torchrun(step + 2, *LOAD, folder, "-n", step + 4, "--eval-every", 1, script=script, **nohup)
+    wait_for(lambda: reached(folder, step + 2), run)
+    run.send_signal(signal.SIGHUP)
+    _, errors = run.communicate(timeout=LIMIT)
+    assert run.returncode != 0 and f"SIGHUP after step {step + 3}" in errors
+    assert read_checkpoint(folder)[0]["step"] == step + 3
 
 
 @pytest.mark.slow
 def test_resuming_two_processes_is_exact(torchrun, tmp_path):
-    flags = (*SHORT, "-n", 60, "--eval-every", 10)
-    finish(torchrun(*flags, "--out", tmp_path / "straight"))
-    run = torchrun(*flags, "--out", tmp_path / "run")
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.05)
+    straight, folder, script = tmp_path / "straight", tmp_path / "run", tmp_path / "held.py"
+    script.write_text(HELD)
+    flags = (*QUICK, "-n", 60, "--eval-every", 10)
+    finish(torchrun(*flags, "--out", straight))
+    run = torchrun(20, *flags, "--out", folder, script=script)
+    wait_for(lambda: reached(folder, 20), run)
     run.send_signal(signal.SIGTERM)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode != 0 and "SIGTERM after step" in errors
-    assert 10 <= read_checkpoint(tmp_path / "run" / "checkpoint.pt")[0]["step"] < 60
-    finish(torchrun("--load", tmp_path / "run"))
-    expected, actual = state(tmp_path / "straight"), state(tmp_path / "run")
-    assert expected.keys() == actual.keys()
-    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    assert "SIGTERM after step 21" in run.communicate(timeout=LIMIT)[1] and run.returncode != 0
+    finish(torchrun(*LOAD, folder))
+    check_same(straight, folder)
 
 
-@pytest.mark.parametrize(
-    "flags, error",
-    [("-b 8", "cannot be divided equally"), ("-b 9 --eval-only --load {run}", "cannot be combined with torchrun")],
-)
-def test_errors(flags, error, run_main, monkeypatch, tmp_path):
-    if "{run}" in flags:
-        assert run_main("-n", 1, "-b", 9, "--visdom", "off", "--out", tmp_path / "run").returncode == 0
-    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", 3), ("RANK", 0), ("LOCAL_RANK", 0)):
-        monkeypatch.setenv(name, str(value))
-    finished = run_main(*flags.format(run=tmp_path / "run").split())
-    assert finished.returncode == 2 and error in finished.stderr
+@pytest.mark.slow
+def test_machines_with_checkpoints_of_different_steps(torchrun, run_main, no_pictures, tmp_path):
+    """As when the second has the copy of an earlier interruption: told at once, and nothing is changed."""
+    run, worker = tmp_path / "0" / "run", tmp_path / "worker.py"
+    assert run_main(*SHORT, "-n", 1, "--out", run).returncode == 0
+    shutil.copytree(run, tmp_path / "1" / "run")
+    assert run_main(*LOAD, run, "-n", 2).returncode == 0
+    earlier = files(run)
+    code = "import os, sys\nsys.path.insert(0, {!r})\nimport main\nos.chdir({!r} + os.environ['RANK'])\nmain.main()"
+    worker.write_text(code.format(str(ROOT), f"{tmp_path}/"))
+    _, errors = torchrun(*LOAD, "run", "-n", 4, script=worker).communicate(timeout=LIMIT)
+    assert "checkpoints are of different steps" in errors and files(run) == earlier
+
+
+def test_flags_that_do_not_go_with_it(run, run_main, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    refused = run_main("-b", 8), run_main("--load", run[0], "--eval-only")
+    assert [each.returncode for each in refused] == [2, 2]
+    assert "cannot be divided equally" in refused[0].stderr and "combined with torchrun" in refused[1].stderr

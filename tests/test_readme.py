@@ -1,28 +1,20 @@
-"""What README says of the files, and what it links to, is so."""
+"""What README and docs link to, and the commands that they show, exist."""
 
 import re
 
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-
-
-def test_it_is_one_screen():
-    assert len(README.split()) <= 900
-
-
-def test_the_files_are_about_as_long_as_it_says():
-    rows = re.findall(r"^\| `([\w/.]+)` \| ([\d,]+) \|", README, re.M)
-    assert len(rows) > 8
-    for name, lines in rows:
-        files = sorted((ROOT / name).glob("*.py")) if name.endswith("/") else [ROOT / name]
-        actual = sum(len(file.read_text().splitlines()) for file in files)
-        assert actual == pytest.approx(int(lines.replace(",", "")), rel=0.15), name
+from training.options import make_parser
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
-def test_links_lead_somewhere(page):
+def test_links_and_commands(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)", text):
         assert target.startswith("http") or (ROOT / page).parent.joinpath(target).exists(), target
+    for script, flags in re.findall(r"(?:python|torchrun[^\n]*?) ([\w/]+\.py)([^\n#`|>]*)", text):
+        assert (ROOT / script).exists(), script
+        if script == "main.py":
+            known = {name for action in make_parser()[0]._actions for name in action.option_strings}
+            assert set(re.findall(r"(?<!\S)--?[a-z][\w-]*", flags)) <= known, flags

@@ -1,230 +1,223 @@
 """What goes wrong in a long run, made to go wrong: nothing is lost, and nothing goes wrong in silence."""
 
-import json
+import errno
+import fcntl
 import os
+import pty
 import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
+import termios
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HELD, KILLED, LIMIT, SHORT, before, before_steps, check_same, files, reached, state, wait_for
 from filelock import FileLock, Timeout
 
 import main
-import multi_mnist
-import training.run
+import training.svi
 from training.checkpoint import load_air, read_checkpoint
 from training.run import read_metrics
 
-SHORT = ("-b", 8, "--visdom", "off")
-
-
-def metrics(folder):
-    """Lines of metrics.jsonl without the timings."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("seconds", "steps_per_s")} for line in lines]
-
-
-def state(folder):
-    """All that a run's future depends on, as one flat dictionary of tensors."""
-    checkpoint = read_checkpoint(folder / "checkpoint.pt")[0]
-    flat = {"rng": checkpoint["rng"], **checkpoint["parameters"]}
-    groups = checkpoint["optimizer"]["param_groups"]
-    flat["running_norm"] = torch.tensor([group["running_norm"] for group in groups])
-    for number, moments in checkpoint["optimizer"]["state"].items():
-        flat |= {f"{name} {number}": value for name, value in moments.items()}
-    return flat
-
-
-@pytest.fixture
-def start(data_dir):
-    """Start main.py and leave it running."""
-
-    def start(*args, **options):
-        command = [sys.executable, ROOT / "main.py", *map(str, args), "--data-dir", data_dir]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
-        )
-
-    return start
-
-
-def wait_until(run, folder, step):
-    """Until the running `run` has evaluated at `step` or later."""
-    while not (folder / "metrics.jsonl").exists() or not metrics(folder) or metrics(folder)[-1]["step"] < step:
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.005)
-
-
+pytestmark = pytest.mark.usefixtures("no_pictures")
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-LONG = [(300, flags) for flags in (("traceenum",), ("tracegraph",))]
+ENDLESS = (*SHORT, "-n", 10**6)
 
 
-@pytest.mark.parametrize(
-    "n, flags",
-    [
-        (60, ("traceenum",)),
-        (60, ("tracegraph",)),
-        pytest.param(60, ("tracegraph", "--cuda"), marks=NEEDS_GPU),
-        *(pytest.param(*long, marks=pytest.mark.slow) for long in LONG),
-    ],
-)
+@pytest.mark.parametrize("flags", ["traceenum", "tracegraph", pytest.param("tracegraph --cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("n", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_resuming_is_exact(n, flags, start, run_main, tmp_path):
-    """Interrupted by signals after about a third and two thirds of its steps, a run ends bit for bit as without."""
-    often = ("--eval-every", n // 6, "--viz-every", 1000)
-    flags = (*SHORT, *often, "-n", n, "--estimator", *flags)
-    straight = run_main(*flags, "--out", tmp_path / "straight")
-    assert straight.returncode == 0, straight.stderr
-    for step, number, status in ((n // 3, signal.SIGINT, 130), (2 * n // 3, signal.SIGTERM, 143)):
-        where = ("--load", tmp_path / "run") if step > n // 3 else ("--out", tmp_path / "run", *flags)
-        run = start(*where)
-        wait_until(run, tmp_path / "run", step)
-        run.send_signal(number)
-        _, errors = run.communicate(timeout=60)
-        assert run.returncode == status, errors
-        assert f"{signal.Signals(number).name} after step" in errors.splitlines()[-1] and "Traceback" not in errors
-        assert step <= read_checkpoint(tmp_path / "run" / "checkpoint.pt")[0]["step"] < step + n // 6
-        assert (tmp_path / "run" / "attention.png").exists()
-    finished = run_main("--load", tmp_path / "run")
+    """Stopped after a third of its steps by Ctrl-C, which ends the reader of `2>&1 | tee log` too, and after two thirds
+    because its terminal was closed, a run ends bit for bit as without, though nobody can read what it says."""
+    straight, folder, script = tmp_path / "straight", tmp_path / "run", tmp_path / "held.py"
+    script.write_text(HELD)
+    flags = (*SHORT, "-n", n, "--eval-every", n // 6, "--estimator", *flags.split())
+    assert run_main(*flags, "--out", straight).returncode == 0
+
+    run = start(n // 3, *flags, "--out", folder, script=script)
+    wait_for(lambda: reached(folder, n // 3), run)
+    run.stderr.close()
+    run.send_signal(signal.SIGINT)
+    assert run.wait(LIMIT) == 130 and read_checkpoint(folder)[0]["step"] == n // 3 + 1
+
+    terminal, slave = pty.openpty()
+    options = {"stderr": slave, "start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(2, termios.TIOCSCTTY)}
+    run = start(2 * n // 3, "--load", folder, script=script, **options)
+    os.close(slave)
+    wait_for(lambda: reached(folder, 2 * n // 3), run)
+    os.close(terminal)
+    assert run.wait(LIMIT) == 129 and read_checkpoint(folder)[0]["step"] == 2 * n // 3 + 1
+
+    finished = run_main("--load", folder)
     assert finished.returncode == 0, finished.stderr
-    expected, actual = state(tmp_path / "straight"), state(tmp_path / "run")
-    assert expected.keys() == actual.keys()
-    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
-    assert metrics(tmp_path / "straight") == metrics(tmp_path / "run")
+    check_same(straight, folder)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_any_moment(kills, start, run_main, tmp_path, data_dir):
-    """A run that saves at every second step, killed at random: whatever it leaves can be resumed."""
-    folder, rng = tmp_path / "run", random.Random(kills)
-    flags = (*SHORT, "-n", 100_000, "--eval-every", 2, "--viz-every", 7, "--out", folder)
-    reached = 0
-    for _ in range(kills):
-        resume = (folder / "checkpoint.pt").exists()
-        if not resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        run = start(*(("--load", folder) if resume else flags))
-        wait_until(run, folder, reached + 3)
-        time.sleep(rng.uniform(0, 1))
-        run.kill()
-        run.communicate()
-        evaluated = read_metrics(folder)[-1]["step"]
-        checkpoint = read_checkpoint(folder / "checkpoint.pt")[0]  # complete, with its checksums
-        assert evaluated - 2 <= checkpoint["step"] and checkpoint["step"] >= reached
-        load_air(folder / "checkpoint.pt")
-        reached = checkpoint["step"]
-    finished = run_main("--load", folder, "-n", reached + 2, "--viz-every", 7)
-    assert finished.returncode == 0, finished.stderr
-    assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == [".lock"]
-
-
-WRITER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import numpy as np
-import multi_mnist
-scenes = multi_mnist.compose(np.full((1, 28, 28), 9, np.uint8), np.zeros(1, int), 20_000, np.random.default_rng(0))
-while True:
-    multi_mnist.write_cache(Path({path!r}), scenes, multi_mnist.cache_key("train"))
-    print("written", flush=True)
-"""
-
-
-@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_while_it_writes_the_data(kills, tmp_path, capsys):
-    path, rng = tmp_path / "multi_mnist-train.npz", random.Random(kills)
-    code = WRITER.format(root=str(ROOT), path=str(path))
-    for _ in range(kills):
-        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-        assert writer.stdout.readline() == b"written\n"
-        time.sleep(rng.uniform(0, 0.2))
-        writer.kill()
-        writer.communicate()
-        scenes = multi_mnist.read_cache(path, multi_mnist.cache_key("train"))
-        assert len(scenes.x) == 20_000 and not capsys.readouterr().err
-    left = [file for file in tmp_path.iterdir() if file != path]
-    for file in left:
-        os.utime(file, (0, 0))
-    multi_mnist.write_cache(path, scenes, multi_mnist.cache_key("train"))
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk(run_main, start, tmp_path):
-    """A limit on the size of files stands for it: the checkpoint no longer fits, the earlier one stays."""
-    folder = tmp_path / "run"
-    assert run_main(*SHORT, "-n", 2, "--out", folder).returncode == 0
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    limit = len(before["checkpoint.pt"]) // 2
-    full = start(
-        "--load", folder, "-n", 4, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_a_signal_stops_a_run(name, run_main, monkeypatch, tmp_path):
+    number, folder, missed, shown = signal.Signals[name], tmp_path / "run", [], []
+    monkeypatch.setattr(
+        main.Pictures, "show", lambda *_: shown.append(read_checkpoint(folder)[0]["step"] if shown else 0)
     )
-    _, errors = full.communicate(timeout=60)
-    assert full.returncode != 0 and "File too large" in errors.splitlines()[-1] and "Traceback" not in errors
-    assert "checkpoint.pt" in errors.splitlines()[-1]
-    assert (folder / "checkpoint.pt").read_bytes() == before["checkpoint.pt"]
-    assert set(before) == {file.name for file in folder.iterdir()}
+    earlier = signal.signal(number, lambda *_: missed.append(name))
+    try:
+        before_steps(monkeypatch, lambda i, x: os.kill(os.getpid(), number) if i == 3 else None)
+        finished = run_main(*ENDLESS, "--eval-every", 500, "--out", folder)
+        assert not missed and finished.returncode == 128 + number and shown == [0, 3]
+        assert f"{name} after step 3: --load {folder} resumes from here\n" in finished.stderr
+        assert read_checkpoint(folder)[0]["step"] == 3
+        os.kill(os.getpid(), number)
+        wait_for(lambda: missed)  # After the run it means what it meant before.
+    finally:
+        signal.signal(number, earlier)
 
 
-def test_an_earlier_run_is_not_replaced(run, run_main, tmp_path):
+def test_a_signal_that_is_ignored_stays_so(start, tmp_path):
+    """As SIGHUP does under nohup."""
+    folder = tmp_path / "run"
+    run = start(*ENDLESS, "--out", folder, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(lambda: reached(folder, 2), run)
+    run.send_signal(signal.SIGHUP)
+    later = read_metrics(folder)[-1]["step"] + 4
+    wait_for(lambda: reached(folder, later), run)
+    run.send_signal(signal.SIGTERM)
+    errors = run.communicate(timeout=LIMIT)[1]
+    assert run.returncode == 143 and "SIGTERM after step" in errors and "Traceback" not in errors
+    assert read_checkpoint(folder)[0]["step"] >= later
+
+
+draw = random.Random(0).randint
+MANY = [draw(1, 60) for _ in range(30)]
+
+
+@pytest.mark.parametrize("n, moments", [(12, [44, 12]), pytest.param(120, MANY, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(n, moments, start, run_main, tmp_path):
+    """A run that saves at every second step: whatever it leaves can be resumed, and it ends as if it had lived."""
+    folder, straight, script, saved = tmp_path / "run", tmp_path / "straight", tmp_path / "killed.py", 0
+    script.write_text(KILLED)
+    flags = (*SHORT, "-n", n)
+    assert run_main(*flags, "--out", straight).returncode == 0
+    for moment in moments:
+        if not saved:
+            shutil.rmtree(folder, ignore_errors=True)
+        where = ("--load", folder) if saved else (*flags, "--out", folder)
+        run = start(moment, folder, *where, script=script)
+        errors = run.communicate(timeout=LIMIT)[1]
+        assert run.returncode == -signal.SIGKILL or (run.returncode == 0 and saved > n - 40), errors
+        if saved or (folder / "checkpoint.pt").exists():
+            load_air(folder)
+            earlier, saved = saved, read_checkpoint(folder)[0]["step"]  # whole, by its checksums
+            assert saved >= max(earlier, *(line["step"] - 2 for line in read_metrics(folder)), 2)
+    finished = run_main("--load", folder)
+    assert finished.returncode == 0, finished.stderr
+    check_same(straight, folder)
+    assert [name for name in files(folder) if name.startswith(".")] == [".lock"]
+
+
+# ---------------------------------------------------------------------------------------- the folder
+
+
+def test_a_full_disk(run, run_main, tmp_path):
+    """A limit on the size of files stands for it: the checkpoint no longer fits, the earlier one stays."""
     folder = shutil.copytree(run[0], tmp_path / "run")
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    finished = run_main(*SHORT, "-n", 1, "--out", folder)
-    assert finished.returncode == 2 and "already exists and is not empty" in finished.stderr.splitlines()[-1]
-    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+    earlier, limits = files(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(earlier["checkpoint.pt"]) // 2, limits[1]))
+    try:
+        full = run_main("--load", folder, "-n", 8, "--visdom", "off")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = f"main.py: error: [Errno 27] File too large: '{folder / 'checkpoint.pt'}'"
+    assert full.returncode == 1 and full.stderr.splitlines()[-1] == error
+    assert files(folder)["checkpoint.pt"] == earlier["checkpoint.pt"] and files(folder).keys() == earlier.keys()
 
 
-def test_a_folder_that_cannot_be_written_to(run_main, monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # Nothing is read-only to root.
-    finished = run_main(*SHORT, "-n", 1, "--out", tmp_path / "some" / "run")
-    assert finished.returncode == 2 and f"{tmp_path} cannot be written to" in finished.stderr.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
+def test_nothing_is_overwritten(run, run_main, monkeypatch, tmp_path):
+    """Neither a run that was there, nor one that began and ended while this one was getting ready."""
+    earlier, meanwhile = files(run[0]), tmp_path / "meanwhile"
+    refused = run_main(*SHORT, "--out", run[0])
+    assert refused.returncode == 2 and "already exists and is not empty" in refused.stderr
+    before(monkeypatch, "Processes", lambda *_: shutil.copytree(run[0], meanwhile) and None)
+    refused = run_main(*SHORT, "--out", meanwhile)
+    assert refused.returncode == 2 and "another run began there meanwhile" in refused.stderr
+    assert files(run[0]) == files(meanwhile) == earlier
 
 
-def plant(monkeypatch, calls, value=float("nan")):
-    """A NaN, or another value, in one pixel of the mini-batches (of 8) with these numbers."""
-    images, made = training.run.to_images, []
+def test_one_run_at_a_time(run_main, monkeypatch, tmp_path):
+    """From before it reads its images until its last picture is drawn."""
+    folder, locked = tmp_path / "run", []
 
-    def planted(x):
-        result = images(x)
-        made.append(result)
-        if len(made) in calls:
-            result[3, 20, 20] = value
-        return result
+    def look(what):
+        with pytest.raises(Timeout):
+            FileLock(folder / ".lock").acquire(timeout=0)
+        locked.append(what)
 
-    monkeypatch.setattr(training.run, "to_images", planted)
+    before(monkeypatch, "load_scenes", lambda *_: look("images"))
+    monkeypatch.setattr(main.Pictures, "show", lambda pictures, air, split, *_: look(split))
+    folder.mkdir()
+    with FileLock(folder / ".lock"):
+        refused = run_main(*SHORT, "--out", folder)
+    assert refused.returncode == 2 and f"another process is training in {folder}" in refused.stderr
+    assert list(files(folder)) == [".lock"] and not locked
+    assert run_main(*SHORT, "-n", 2, "--out", folder).returncode == 0
+    assert locked == ["images", "validation", "validation", "test"]
+
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
+    refused = run_main(*SHORT, "--out", tmp_path / "new")
+    assert refused.stderr == f"main.py: error: {tmp_path / 'new'} cannot be locked: No locks available\n"
+    assert refused.returncode == 2 and not (tmp_path / "new").exists()
+
+
+def test_a_requeued_run_goes_on_from_the_last_checkpoint(run, run_main, monkeypatch, tmp_path):
+    """From the one that is there when it has the lock: until then, the job that is stopping may still save."""
+    folder, later, steps = *(shutil.copytree(run[0], tmp_path / name) for name in ("run", "later")), []
+    with monkeypatch.context() as patch:
+        before_steps(patch, lambda i, x: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_main("--load", later, "-n", 8, "--visdom", "off").returncode == 143
+    assert read_checkpoint(later)[0]["step"] == 7
+    before_steps(monkeypatch, lambda i, x: steps.append(i))
+    before(monkeypatch, "Processes", lambda *_: shutil.copytree(later, folder, dirs_exist_ok=True) and None)
+    assert run_main("--load", folder, "-n", 8, "--visdom", "off").returncode == 0
+    assert steps == [1] and read_checkpoint(folder)[0]["step"] == 8
+
+
+@pytest.mark.parametrize("line", ["{}", "3", '{"step": "3", "split": "validation"}', "[" * 100_000, "{"])
+def test_damaged_metrics(line, run, run_main, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    (folder / "metrics.jsonl").write_text(f"{line}\n")
+    earlier = files(folder)
+    refused = run_main("--load", folder, "--visdom", "off", "-n", 8)
+    assert refused.returncode == 2 and "metrics.jsonl is damaged" in refused.stderr.splitlines()[-1]
+    assert files(folder) == earlier
+
+
+# ------------------------------------------------------------------------- numbers that are not finite
+
+
+def plant(monkeypatch, numbers):
+    """A NaN in one pixel of the mini-batches with these numbers."""
+    before_steps(monkeypatch, lambda i, x: i in numbers and x[3, 20, 20].fill_(torch.nan) is None)
 
 
 @pytest.mark.parametrize("estimator", ["tracegraph", "traceenum"])
-def test_a_nan_in_a_mini_batch_is_not_learned_from(estimator, run_main, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        plant(patch, [2, 5])
-        finished = run_main(*SHORT, "-n", 6, "--estimator", estimator, "--out", tmp_path / "run")
-    assert finished.returncode == 0
-    told = [line for line in finished.stderr.splitlines() if "skipped" in line]
-    assert [line.split(":")[0] for line in told] == ["skipped step 2", "skipped step 4"]
+def test_a_nan_is_not_learned_from(estimator, run_main, monkeypatch, tmp_path):
+    plant(monkeypatch, [2, 5])
+    finished = run_main(*SHORT, "--estimator", estimator, "--out", tmp_path / "run")
+    told = [line.split(":")[0] for line in finished.stderr.splitlines() if "skipped" in line]
+    assert finished.returncode == 0 and told == ["skipped step 2", "skipped step 4"]
     assert all(value.isfinite().all() for value in state(tmp_path / "run").values())
 
 
 def test_too_many_skipped_steps_end_a_run(run_main, monkeypatch, tmp_path):
     plant(monkeypatch, [2, 4, 5])
-    finished = run_main(*SHORT, "-n", 6, "--eval-every", 2, "--out", tmp_path / "run")
-    assert finished.returncode == 1
-    hint, error = finished.stderr.splitlines()[-2:]
-    assert "3 of 100 steps were skipped" in error and f"--load {tmp_path / 'run'} resumes" in hint
-    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")[0]["step"] == 2
-
-
-def test_skipped_steps_far_apart_do_not_end_a_run(run_main, monkeypatch, tmp_path):
+    finished = run_main(*SHORT, "--out", tmp_path / "run")
+    assert finished.returncode == 1 and "3 of 100 steps were skipped" in finished.stderr.splitlines()[-1]
+    assert read_checkpoint(tmp_path / "run")[0]["step"] == 2
+    # Far apart they do not.
     plant(monkeypatch, [1, 4, 7, 10])
-    monkeypatch.setattr(training.run, "SKIPPED_WITHIN", 3)
-    finished = run_main(*SHORT, "-n", 8, "--out", tmp_path / "run")
+    monkeypatch.setattr(training.svi, "SKIPPED_WITHIN", 3)
+    finished = run_main("--load", tmp_path / "run", "-n", 10, "--visdom", "off", "--eval-every", 500)
     assert finished.returncode == 0 and finished.stderr.count("skipped step") == 4
 
 
@@ -235,91 +228,14 @@ def test_an_absurd_learning_rate(estimator, run_main, tmp_path):
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_parameters_that_are_not_finite_are_not_saved(stopped, run_main, monkeypatch, tmp_path):
+def test_parameters_that_are_not_finite_are_not_saved(stopped, run, run_main, monkeypatch, tmp_path):
     """Neither when a checkpoint is due nor when a signal stops the run."""
-    folder = tmp_path / "run"
-    assert run_main(*SHORT, "-n", 2, "--out", folder).returncode == 0
-    before = (folder / "checkpoint.pt").read_bytes()
-    finish_step = training.run.Run.finish_step
-
-    def spoiled(run, loss):
-        with torch.no_grad():
-            next(run.air.parameters()).fill_(float("inf"))
-        if stopped:
-            run.processes.stop_signal, run.processes.should_stop = signal.SIGTERM, True
-        finish_step(run, loss)
-
-    monkeypatch.setattr(training.run.Run, "finish_step", spoiled)
-    finished = run_main("--load", folder, "-n", 4, "--eval-every", 1)
-    assert (
-        finished.returncode == 1
-        and "after step 3 the parameters are not finite, and are not saved" in finished.stderr.splitlines()[-1]
-    )
-    assert (folder / "checkpoint.pt").read_bytes() == before
-    load_air(folder)
-
-
-def test_one_folder_has_one_run_at_a_time(run_main, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    with FileLock(folder / ".lock"):
-        finished = run_main(*SHORT, "-n", 1, "--out", folder)
-    assert finished.returncode == 2 and "another process is training" in finished.stderr.splitlines()[-1]
-    assert [file.name for file in folder.iterdir()] == [".lock"]
-    assert run_main(*SHORT, "-n", 1, "--out", folder).returncode == 0
-
-
-def test_all_is_written_before_the_folder_is_free(run_main, monkeypatch, tmp_path):
-    """The last evaluation and its pictures too."""
-    folder, locked = tmp_path / "run", []
-    show = main.Pictures.show
-
-    def watched(pictures, air, split, *args):
-        try:
-            FileLock(folder / ".lock").acquire(timeout=0)
-        except Timeout:
-            locked.append(split)
-        show(pictures, air, split, *args)
-
-    monkeypatch.setattr(main.Pictures, "show", watched)
-    assert run_main(*SHORT, "-n", 2, "--out", folder).returncode == 0
-    assert locked == ["validation", "validation", "test"]
-
-
-def test_a_copied_checkpoint_does_not_write_where_it_lies(run, run_main, tmp_path):
-    folder, other = run[0], tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text("mine")
-    (other / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes())
-    (other / "link.pt").symlink_to(folder / "checkpoint.pt")
-    for name in ("checkpoint.pt", "link.pt"):
-        refused = run_main("--load", other / name, "--visdom", "off", "-n", 8)
-        assert refused.returncode == 2 and "not in the folder of a run" in refused.stderr.splitlines()[-1]
-    resumed = run_main("--load", other / "link.pt", "--visdom", "off", "-n", 7, "--out", tmp_path / "new")
-    assert resumed.returncode == 0, resumed.stderr
-    assert {file.name for file in other.iterdir()} == {"config.json", "checkpoint.pt", "link.pt"}
-    assert (other / "config.json").read_text() == "mine"
-
-
-@pytest.mark.parametrize("line", ["{}", "3", '{"step": "3", "split": "validation"}', "[" * 100_000, "{"])
-def test_damaged_metrics(line, run, run_main, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
-    (folder / "metrics.jsonl").write_text(f"{line}\n")
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    refused = run_main("--load", folder, "--visdom", "off", "-n", 8)
-    assert refused.returncode == 2 and "metrics.jsonl is damaged" in refused.stderr.splitlines()[-1]
-    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def test_ctrl_c_with_a_reader_that_it_ends_too(start, tmp_path):
-    """As in `python main.py 2>&1 | tee log`: the run is saved though nobody reads what it says."""
-    folder = tmp_path / "run"
-    run = start(*SHORT, "-n", 100_000, "--eval-every", 1000, "--out", folder)
-    while not (folder / "attention.png").exists():
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.05)
-    time.sleep(1)
-    run.send_signal(signal.SIGINT)
-    run.stderr.close()
-    assert run.wait(timeout=60) == 130
-    assert read_checkpoint(folder)[0]["step"] > 4
+    checkpoint = (folder / "checkpoint.pt").read_bytes()
+    before(monkeypatch, "check_finite", lambda air, *_: next(air.parameters()).data.fill_(torch.inf) is None)
+    if stopped:
+        before_steps(monkeypatch, lambda i, x: os.kill(os.getpid(), signal.SIGTERM))
+    finished = run_main("--load", folder, "-n", 9, "--eval-every", 500 if stopped else 1, "--visdom", "off")
+    assert finished.returncode == 1
+    assert "after step 7 the parameters are not finite, and are not saved" in finished.stderr.splitlines()[-1]
+    assert (folder / "checkpoint.pt").read_bytes() == checkpoint
