@@ -33,6 +33,7 @@ from training.checkpoint import read_checkpoint  # noqa: E402
 from training.run import read_metrics  # noqa: E402
 
 LIMIT = 600  # seconds that an event is waited for, however slow the machine is
+os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(LIMIT)  # that torchrun gives processes which it tells to stop
 SHORT = ("-n", 6, "-b", 8, "--eval-every", 2, "--visdom", "off")
 
 

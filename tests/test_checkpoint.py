@@ -13,8 +13,7 @@ def test_round_trip(tmp_path):
     air = AIR(window_size=9, z_what_size=4, hidden_size=12, look_size=10, baseline_size=8, count_ratio=0.1)
     save_checkpoint(tmp_path / "air.pt", air, step=7)
     again = load_air(tmp_path / "air.pt")
-    assert again.config == air.config
-    assert all(torch.equal(a, b) for a, b in zip(air.parameters(), again.parameters()))
+    assert again.config == air.config and all(map(torch.equal, air.parameters(), again.parameters()))
 
 
 def test_a_copy_does_not_write_where_it_lies(run, run_main, no_pictures, tmp_path):
