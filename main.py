@@ -75,7 +75,7 @@ def train(args, processes: Processes, resumes: bool) -> None:
     state = run.begin(args.out, args.load, checkpoint, air, adam, processes, flags)
     if pictures and state.step == 0:
         pictures.show(air, "validation", validation_scenes)
-    with run.stop_signals(processes), run.progress_bar(state, args.num_steps, processes) as bar:
+    with run.stop_signals(processes), run.progress_bar(state, args.num_steps, processes) as advance:
         while state.step < args.num_steps and not processes.should_stop:
             started = time.perf_counter()
             index = torch.randint(len(train_x), (args.batch_size // processes.world_size,), device=train_x.device)
@@ -89,9 +89,7 @@ def train(args, processes: Processes, resumes: bool) -> None:
                 continue
             state.step, state.reference = state.step + 1, None
             state.seconds += time.perf_counter() - started
-            if not processes.stop_signal:  # Afterwards nobody may be there to see it.
-                bar.set_postfix_str(f"loss {loss / args.batch_size:.1f}, validation accuracy {accuracy}", refresh=False)
-                bar.update()
+            advance(f"loss {loss / args.batch_size:.1f}, validation accuracy {accuracy}")
 
             if state.is_due(args.eval_every, args.num_steps):
                 check_finite(air, adam, state.step)

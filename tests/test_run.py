@@ -64,7 +64,7 @@ def test_a_signal_stops_a_run(name, run_main, monkeypatch, tmp_path):
     earlier = signal.signal(number, lambda *_: missed.append(name))
     try:
         before_steps(monkeypatch, lambda i, x: os.kill(os.getpid(), number) if i == 3 else None)
-        finished = run_main(*ENDLESS, "--eval-every", 500, "--out", folder)
+        finished = run_main(*SHORT, "-n", 20, "--eval-every", 500, "--out", folder)
         assert not missed and finished.returncode == 128 + number and shown == [0, 3]
         assert f"{name} after step 3: --load {folder} resumes from here\n" in finished.stderr
         assert read_checkpoint(folder)[0]["step"] == 3

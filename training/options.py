@@ -36,7 +36,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict, set]:
     on_resume, evaluation = {}, set()
 
     def add(*names, help, resume=None, evaluates=False, **options):
-        if options.get("default") and "(default" not in help:
+        if options.get("default", False) is not False and "(default" not in help:
             help += " (default: %(default)s)"
         name = group.add_argument(*names, help=help, **options).dest
         on_resume.update({name: resume} if resume else {})
@@ -143,16 +143,16 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--cuda: no CUDA device was found" + ("; --no-cuda computes on the CPU" if args.load else ""))
     if args.cuda and local_rank >= torch.cuda.device_count():
         raise UsageError(f"--cuda: {torch.cuda.device_count()} CUDA devices are too few for torchrun's processes")
+    if args.eval_only and not args.load:
+        raise UsageError("--eval-only needs --load")
+    if args.eval_only and world_size > 1:
+        raise UsageError("--eval-only cannot be combined with torchrun")
     if args.batch_size % world_size:
         raise UsageError(f"--batch-size {args.batch_size} cannot be divided equally among {world_size} processes")
     if args.data_dir.exists() and not args.data_dir.is_dir():
         raise UsageError(f"--data-dir {args.data_dir} is not a folder")
     if not args.data and args.invert is not None:
         raise UsageError("--invert and --no-invert need --data")
-    if args.eval_only and not args.load:
-        raise UsageError("--eval-only needs --load")
-    if args.eval_only and world_size > 1:
-        raise UsageError("--eval-only cannot be combined with torchrun")
     if args.estimator == "traceenum" and args.baseline == "rnn":
         raise UsageError("--baseline rnn cannot be combined with traceenum, which samples no z_pres")
 

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +59,13 @@ def claim(folder: Path, resumes: bool) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"another process is training in {folder}") from None
-    except OSError as error:
-        raise RunError(f"{folder} cannot be locked: {error.strerror or error}") from None
-    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            made = False
+            raise RunError(f"another process is training in {folder}") from None
+        except OSError as error:
+            raise RunError(f"{folder} cannot be locked: {error.strerror or error}") from None
         if not resumes and has_files(folder):
             raise RunError(f"{folder} already exists and is not empty: another run began there meanwhile")
         for half_written in folder.glob(".*.[0-9]*"):  # by a process that was killed
@@ -72,7 +73,7 @@ def claim(folder: Path, resumes: bool) -> Iterator[None]:
         yield
     finally:
         if made and not has_files(folder):  # It failed before it began.
-            (folder / ".lock").unlink()
+            (folder / ".lock").unlink(missing_ok=True)
             folder.rmdir()
         lock.release()
 
@@ -188,10 +189,17 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 @contextmanager
-def progress_bar(state: State, num_steps: int, processes: Processes) -> Iterator[tqdm]:
+def progress_bar(state: State, num_steps: int, processes: Processes) -> Iterator[Callable[[str], None]]:
+    """A bar of steps; yields what is to be called after each step, with what is to be shown beside it."""
     bar = tqdm(total=num_steps, initial=state.step, unit="step", mininterval=0.5, disable=not processes.is_main)
+
+    def advance(text: str) -> None:
+        with ignore_broken_pipe():
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+
     try:
-        yield bar
+        yield advance
     finally:
         with ignore_broken_pipe():
             bar.close()
@@ -232,11 +240,11 @@ def exit_on_signal(processes: Processes, folder: Path, step: int) -> None:
 
 @contextmanager
 def ignore_broken_pipe() -> Iterator[None]:
-    """Within it, stderr may have lost its reader: Ctrl-C ends that of `2>&1 | tee log` as well.
+    """Within it, stderr may have lost its reader: Ctrl-C ends that of `2>&1 | tee log` as well, SIGHUP the terminal.
 
     Without it, Python, which flushes stderr at its end, would end with status 120.
     """
     try:
         yield
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
