@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args, processes: Processes, resumes: bool) -> None:
     """Data, AIR, SVI, evaluation, pictures; with --load, from where that run was."""
+    pictures = Pictures(args.out, args.visdom, args.visdom_env, args.seed) if processes.is_main else None
     checkpoint = read_checkpoint(args.load)[0] if args.load else None
     size = checkpoint["air"]["image_size"] if checkpoint else None
     options = args.data_dir, size, args.invert, args.max_objects
@@ -56,7 +57,6 @@ def train(args, processes: Processes, resumes: bool) -> None:
         raise run.RunError(f"{args.out} was trained on other images: name another folder to resume it in with --out")
     # This process's share, on its device; uint8: a mini-batch becomes floats when it is drawn.
     train_x = torch.from_numpy(train_scenes.x[processes.rank :: processes.world_size]).to(processes.device)
-    pictures = Pictures(args.out, args.visdom, args.visdom_env, args.seed) if processes.is_main else None
 
     pyro.clear_param_store()  # of an earlier run in the same process
     pyro.set_rng_seed(args.seed)

@@ -234,7 +234,7 @@ def exit_on_signal(processes: Processes, folder: Path, step: int) -> None:
     number = processes.stop_signal or signal.SIGTERM  # The other processes were told by the one that was sent it.
     if processes.is_main:
         with ignore_broken_pipe():
-            print(f"{number.name} after step {step}: --load {folder} resumes from here", file=sys.stderr)
+            tqdm.write(f"{number.name} after step {step}: --load {folder} resumes from here", sys.stderr)
     sys.exit(128 + number)
 
 
