@@ -106,17 +106,17 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return x, counts
 
 
-def check_images(x: np.ndarray, where: str = "") -> None:
+def check_images(x: np.ndarray) -> None:
     """Raises DataError, with one line that says what is wrong, unless these are images `[n, h, w]`."""
-    shape = f"images{where} have shape {list(x.shape)}"
+    shape = f"images have shape {list(x.shape)}"
     if x.ndim in (3, 4) and x.shape[-1] in (3, 4):
         raise DataError(f"{shape}, like colours; give greys [n, h, w], for one image x.mean(-1)[None], or a PNG file")
     if x.ndim != 3 or not x.size:
         raise DataError(f"{shape}, expected [n, h, w], none of them 0")
     if x.dtype.kind not in "biuf":
-        raise DataError(f"images{where} are {x.dtype}, expected numbers")
+        raise DataError(f"images are {x.dtype}, expected numbers")
     if x.dtype != bool and not (x.min() >= 0 and float(x.max()) <= RANGES[-1]):  # false for NaN as well
-        raise DataError(f"images{where} have values below 0 or above 65,535, or NaN")
+        raise DataError("images have values below 0 or above 65,535, or NaN")
 
 
 def to_grey(image: Image.Image) -> tuple[np.ndarray, str | None]:
