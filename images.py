@@ -16,8 +16,7 @@ What becomes of an image depends on that image alone, not on others in its file,
 """
 
 import warnings
-from collections.abc import Iterator
-from functools import reduce
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +24,9 @@ import numpy as np
 from PIL import Image, ImageOps, ImageSequence
 from scipy import ndimage
 
-from multi_mnist import LARGEST_FILE, DataError, Scenes, one_line, open_arrays
+from multi_mnist import DataError, Scenes, one_line
 
+LARGEST_FILE = 2**31  # of arrays, unpacked, in bytes: 200,000 scenes of 50x50 floats
 LARGEST_CANVAS = 128  # pixels a side, to train on: larger images are made smaller
 RANGES = np.array([1, 255, 1023, 4095, 16383, 65535], np.float32)
 # Of the range: the least contrast of ink; the least that may be a faint object; the most by which a border is even.
@@ -61,8 +61,9 @@ def files_in(path: Path) -> list[Path]:
     """The file, or the files of a folder in order, without hidden ones and subfolders. DataError if there are none."""
     if not path.exists():
         raise DataError(f"no such file or folder: {path}")
-    files = sorted(file for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else [path]
-    files = [file for file in files if file.is_file() or (file.is_symlink() and not file.is_dir())]
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.name[0] != "." and not file.is_dir())
     if not files:
         raise DataError(f"{path} has no files (subfolders are not looked into)")
     return files
@@ -76,14 +77,11 @@ def read_file(path: Path) -> tuple[list[np.ndarray], np.ndarray | None, list[str
     """
     try:
         if path.suffix.lower() == ".npz":
-            x, counts = read_arrays(path)
-            return [x], counts, []
+            return read_arrays(path)
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             # The second image in a phone's JPEG is no other picture. Nor are pages of a TIFF that are marked (its tag
             # NewSubfileType) as the same at a lower resolution, bit 0, or as a mask, bit 2.
             frames = [image] if image.format == "MPO" else ImageSequence.Iterator(image)
-            if getattr(image, "n_frames", 1) * image.width * image.height > LARGEST_FILE:
-                raise ValueError("its pages are too many to be held in memory together")
             pages = [(getattr(page, "tag_v2", {}).get(254, 0) & 5, *to_grey(page)) for page in frames]
     except Exception as error:  # Whatever goes wrong in reading, the file is at fault.
         raise DataError(f"{path} cannot be read: {one_line(error)}") from None
@@ -94,29 +92,28 @@ def read_file(path: Path) -> tuple[list[np.ndarray], np.ndarray | None, list[str
     return [x for _, x, _ in kept], None, remarks
 
 
-def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """`x` `[n, h, w]` and `counts` `[n]`, or None, of an `.npz` file."""
-    with open_arrays(path) as file:
-        x, counts = np.asarray(file["x"]), np.asarray(file["counts"]) if "counts" in file.files else None
+def read_arrays(path: Path) -> tuple[list[np.ndarray], np.ndarray | None, list[str]]:
+    """What `read_file` returns, of an `.npz` file, without running code that it may hold."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > LARGEST_FILE:
+        raise DataError(f"it holds {size / 2**20:,.0f} MiB, more than {LARGEST_FILE / 2**20:,.0f}")
+    with np.load(path, allow_pickle=False) as file:
+        x, counts = file["x"], file.get("counts")
     check_images(x)
-    if counts is not None:
-        if counts.shape != x.shape[:1] or counts.dtype.kind not in "iu" or counts.min() < 0 or counts.max() > 1000:
-            raise DataError(f"counts must be {len(x)} whole numbers from 0 to 1,000, one per image")
-        counts = counts.astype(np.int64)
-    return x, counts
+    if counts is None:
+        return [x], None, []
+    if counts.shape != x.shape[:1] or counts.dtype.kind not in "iu" or counts.min() < 0 or counts.max() > 1000:
+        raise DataError(f"counts must be {len(x)} whole numbers from 0 to 1,000, one per image")
+    return [x], counts.astype(np.int64), []
 
 
 def check_images(x: np.ndarray) -> None:
     """Raises DataError, with one line that says what is wrong, unless these are images `[n, h, w]`."""
-    shape = f"images have shape {list(x.shape)}"
-    if x.ndim in (3, 4) and x.shape[-1] in (3, 4):
-        raise DataError(f"{shape}, like colours; give greys [n, h, w], for one image x.mean(-1)[None], or a PNG file")
-    if x.ndim != 3 or not x.size:
-        raise DataError(f"{shape}, expected [n, h, w], none of them 0")
-    if x.dtype.kind not in "biuf":
-        raise DataError(f"images are {x.dtype}, expected numbers")
-    if x.dtype != bool and not (x.min() >= 0 and float(x.max()) <= RANGES[-1]):  # false for NaN as well
-        raise DataError("images have values below 0 or above 65,535, or NaN")
+    if x.ndim != 3 or not x.size or x.shape[2] in (3, 4):  # A last axis of 3 or 4 is that of a single image's colours.
+        raise DataError(f"images have shape {list(x.shape)}, expected greys [n, h, w] (of colours, their mean)")
+    if x.dtype.kind not in "biuf" or not (x.min() >= 0 and x.max() <= RANGES[-1]):  # false for NaN as well
+        raise DataError("images have values that are not numbers from 0 to 65,535")
 
 
 def to_grey(image: Image.Image) -> tuple[np.ndarray, str | None]:
@@ -131,7 +128,7 @@ def to_grey(image: Image.Image) -> tuple[np.ndarray, str | None]:
         image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image.convert("RGBA"))
     bands = image.convert("L"), *image.convert("RGB").split()
     small = np.stack([band.reduce(1 + max(image.size) // 256) for band in bands]) / np.float32(255)
-    difference, *_ = without_background(small, np.zeros(4, np.float32))
+    difference = np.stack([without_background(band, np.float32(0))[0] for band in small])
     light, dark = difference >= FAINT, difference <= -FAINT
     shown, seen = np.maximum(light.sum((1, 2)), dark.sum((1, 2))), light | dark
     best = 0 if shown[0] >= 0.8 * shown.max() else int(shown.argmax())
@@ -145,7 +142,7 @@ def load_canvases(path: Path, size: int | None = None, invert: bool | None = Non
     Files of a folder that cannot be read are left out, with a remark. Raises DataError if nothing can be read."""
     files, remarks, counts = files_in(path), [], []
 
-    def blocks() -> Iterator[np.ndarray]:
+    def blocks():
         for file in files:
             try:
                 some, some_counts, some_remarks = read_file(file)
@@ -176,125 +173,106 @@ def to_canvases(blocks, size: int | None = None, invert: bool | None = None) -> 
     for block in [blocks] if isinstance(blocks, np.ndarray) else blocks:
         check_images(block)
         side = size or min(LARGEST_CANVAS, max(side, *block.shape[1:]))
-        if (total := len(block) * side**2) > LARGEST_FILE:
-            raise DataError(f"these are too many images: {len(block):,} on canvases of {side:,} pixels a side")
-        for some in np.array_split(block, min(len(block), 1 + max(block.size, total) // 2**18)):  # to bound memory
-            # What is smaller than any canvas waits until its size is known.
-            parts.append(normalize(some, side, invert) if size or side == LARGEST_CANVAS else some)
+        # What is smaller than any canvas waits until its size is known.
+        parts.extend(normalize(image, side, invert) if size or side == LARGEST_CANVAS else image for image in block)
     parts = [part if isinstance(part, tuple) else normalize(part, side, invert) for part in parts]
-    x, places, floors, facts = map(np.concatenate, zip(*parts))
+    x, places, floors, facts = map(np.array, zip(*parts))
     doubts = [next((fact for fact, is_so in zip(FACTS[:4], row) if is_so), None) for row in facts]
     some = "{:,} of {:,} images: " if len(x) > 1 else ""
     remarks = [some.format(n, len(x)) + fact for fact, n in zip(FACTS, facts.sum(0)) if n]
     return Canvases(x, places, doubts, floors, remarks)
 
 
-def normalize(images: np.ndarray, size: int, invert: bool | None) -> tuple[np.ndarray, ...]:
-    """Of images `[n, h, w]`: x, places and floors as in `Canvases`; and which of `FACTS` are true of each, `[n, 7]`."""
-    if images.dtype.kind == "f":  # x / 255 is the image x, down to the last bit.
-        images = images.astype(float)
-        whole = np.rint(255 * images)
-        exact = ((images <= 1) & (np.abs(255 * images - whole) < 0.001)).all((1, 2), keepdims=True)
-        images = np.where(exact, whole, images).astype(np.float32)
-    else:
-        images = images.astype(np.uint8 if images.dtype.itemsize == 1 else np.uint16, copy=False)
-    clean, specks = without_specks(images)
-    images = resize_to_canvas(clean / white_of(clean)[:, None, None], size)
-    n, h, w = images.shape
-    noise = NOISE / 0.954 * np.median(np.abs(np.diff(images)).reshape(n, -1), 1) if w > 1 else np.zeros(n)
-    difference, uneven, rough = without_background(images, noise)
-    ink = difference * (np.abs(difference) >= np.maximum(FAINT, noise)[:, None, None])
-    light, dark = ((ink.clip(*sign).reshape(n, -1) ** 2).sum(1) for sign in ((0, None), (None, 0)))
-    inverted = dark > light if invert is None else np.full(n, invert)
-    seen, unseen = np.where(inverted, (dark, light), (light, dark))
-    sign = np.where(inverted, -1, 1).astype(np.int8)[:, None, None]
-    ink = np.sort((sign * ink).reshape(n, -1))
-    white = np.where(seen > 0, ink[np.arange(n), -1 - (0.1 * (ink > 0).sum(1)).astype(int)], np.float32(np.inf))
-    left, top, *_ = place = (size - w) // 2, (size - h) // 2, w / clean.shape[2], h / clean.shape[1]
-    x = np.zeros((n, size, size), np.uint8)
-    x[:, top : top + h, left : left + w] = np.rint((255 / white[:, None, None] * sign * difference).clip(0, 255))
-    floors = np.ceil((255 * np.maximum(TRACE, noise) / white).clip(max=255)).astype(np.uint8)
-    # Where a surface was taken off, a little is left of one without any ink.
-    plain = np.where(uneven, np.abs(difference).max((1, 2)) < 0.01, np.ptp(images, (1, 2)) == 0)
-    low = (seen + unseen == 0) & ~plain
-    facts = [low, (specks > 5) & ~low, rough, unseen > MIXED * (seen + unseen)]
-    facts += [(specks > 0) & ~low, uneven, inverted & (seen > 0) & (invert is None)]
-    return x, np.tile(place, (n, 1)), floors, np.stack(facts, 1)
+def normalize(image: np.ndarray, size: int, invert: bool | None) -> tuple:
+    """Of an image `[h, w]`: canvas, place and floor, as in `Canvases`; and which of `FACTS` are true of it."""
+    whole = np.rint(255 * image.astype(float))
+    if image.max() <= 1 and (np.abs(255 * image.astype(float) - whole) < 0.001).all():
+        image = whole  # x / 255 is the image x, down to the last bit.
+    clean, specks = without_specks(image.astype(np.float32))
+    image = resize_to_canvas(clean / white_of(clean), size)
+    h, w = image.shape
+    noise = NOISE / 0.954 * np.median(np.abs(np.diff(image))) if w > 1 else np.float64(0)
+    difference, is_uneven, is_rough = without_background(image, noise)
+    ink = difference * (np.abs(difference) >= np.maximum(FAINT, noise))
+    light, dark = (ink.clip(0) ** 2).sum(), (ink.clip(max=0) ** 2).sum()
+    is_dark = dark > light if invert is None else invert
+    sign, seen, unseen = (-1, dark, light) if is_dark else (1, light, dark)
+    ink = np.sort(sign * ink, axis=None)
+    white = ink[-1 - int(0.1 * (ink > 0).sum())] if seen > 0 else np.float32(np.inf)
+    left, top = (size - w) // 2, (size - h) // 2
+    canvas = np.zeros((size, size), np.uint8)
+    canvas[top : top + h, left : left + w] = np.rint((255 / white * sign * difference).clip(0, 255))
+    floor = np.ceil((255 * np.maximum(TRACE, noise) / white).clip(max=255)).astype(np.uint8)
+    # Where a surface was taken off, a little is left of an image without any ink.
+    is_plain = np.abs(difference).max() < 0.01 if is_uneven else np.ptp(image) == 0
+    is_low = seen + unseen == 0 and not is_plain
+    facts = [is_low, specks > 5 and not is_low, is_rough, unseen > MIXED * (seen + unseen)]
+    facts += [specks > 0 and not is_low, is_uneven, is_dark and seen > 0 and invert is None]
+    return canvas, (left, top, w / clean.shape[1], h / clean.shape[0]), floor, facts
 
 
-def white_of(images: np.ndarray) -> np.ndarray:
-    """The end of the range of grey that an image's values `[.., h, w]` fit in, float32 `[..]`."""
-    largest = images.max((-2, -1)).astype(np.float32)
-    return np.where((1 < largest) & (largest < 2), largest, RANGES[np.searchsorted(RANGES, largest)])
+def white_of(image: np.ndarray) -> np.float32:
+    """The end of the range of grey that an image's values fit in."""
+    largest = np.float32(image.max())
+    return largest if 1 < largest < 2 else RANGES[np.searchsorted(RANGES, largest)]
 
 
-def without_specks(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images `[n, h, w]` without hot and dark pixels, alone or in pairs; and how many there were in each, `[n]`."""
-    # Rank-max openings of light, then dark: a pixel keeps its grey if two others reach it within a square of 3x3.
-    flip, opened = np.negative if images.dtype.kind == "f" else np.invert, []
-    for stack in (images, flip(images)):
-        padded = np.pad(stack, ((0, 0), (1, 1), (1, 1)), constant_values=stack.min())
-        shifts = [y * padded.shape[2] + x for y in (-1, 0, 1) for x in (-1, 0, 1)]
-        first = second = third = np.full_like(padded, stack.min())
-        for pixel in (np.roll(padded, shift) for shift in shifts):
-            third = np.maximum(third, np.minimum(second, pixel))
-            second = np.maximum(second, np.minimum(first, pixel))
-            first = np.maximum(first, pixel)
-        third = reduce(np.maximum, (np.roll(third, shift) for shift in shifts))
-        opened.append(np.minimum(stack, third[:, 1:-1, 1:-1]))
-    upper, lower = opened[0], flip(opened[1])
-    half = ((upper.max((1, 2)) - lower.min((1, 2))) / 2).astype(images.dtype)[:, None, None]
-    light, dark = images - upper > half, lower - images > half
-    return np.where(light, upper, np.where(dark, lower, images)), (light | dark).sum((1, 2))
+def without_specks(image: np.ndarray) -> tuple[np.ndarray, int]:
+    """An image `[h, w]` without hot and dark pixels, alone or in pairs; and how many there were."""
+    # A pixel keeps its grey if two others reach it within a square of 3x3: an opening by the third in rank.
+    third = ndimage.rank_filter(image, -3, 3, mode="constant", cval=image.min())
+    upper = np.minimum(image, ndimage.maximum_filter(third, 3))
+    third = ndimage.rank_filter(image, 2, 3, mode="constant", cval=image.max())
+    lower = np.maximum(image, ndimage.minimum_filter(third, 3))
+    half = (upper.max() - lower.min()) / 2
+    light, dark = image - upper > half, lower - image > half
+    return np.where(light, upper, np.where(dark, lower, image)), (light | dark).sum()
 
 
-def resize_to_canvas(images: np.ndarray, size: int) -> np.ndarray:
-    """Images `[n, h, w]`, float32, with `size` pixels along their longer side, and no new greys beyond their own."""
-    h, w = (max(1, round(side * size / max(images.shape[1:]))) for side in images.shape[1:])
-    if (h, w) == images.shape[1:]:
-        return images
-    resized = np.stack([Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC) for image in images])
-    return resized.clip(images.min((1, 2), keepdims=True), images.max((1, 2), keepdims=True))
+def resize_to_canvas(image: np.ndarray, size: int) -> np.ndarray:
+    """An image `[h, w]`, float32, with `size` pixels along its longer side, and no new greys beyond its own."""
+    h, w = (max(1, round(side * size / max(image.shape))) for side in image.shape)
+    resized = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
+    return np.asarray(resized).clip(image.min(), image.max())
 
 
-def without_background(images: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What images `[n, h, w]` differ by from their background; whether that was an uneven one, `[n]`; and whether it is
-    uneven in a way that no smooth surface fits, `[n]`."""
-    _, h, w = images.shape
+def without_background(image: np.ndarray, noise: float) -> tuple[np.ndarray, bool, bool]:
+    """What an image `[h, w]` differs by from its background; whether that was an uneven one; and whether it is uneven
+    in a way that no smooth surface fits."""
+    h, w = image.shape
     edge = max(1, round(0.04 * max(h, w)))
     border = np.ones((h, w), bool)
     border[edge:-edge, edge:-edge] = False
-    difference = images - np.median(images[:, border], 1)[:, None, None]
-    even, rough = np.maximum(EVEN, noise / 3), np.zeros(len(images), bool)
-    uneven = np.quantile(np.abs(difference[:, border]), 0.75, axis=1) > even
-    if uneven.any():
-        # A quadratic surface, with the least absolute deviations: objects that touch the border count little.
-        y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
-        terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], -1)
-        at, targets, errors = terms[border], images[uneven][:, border, None].astype(float), np.float64(1)
-        for _ in range(20):
-            weighted = (at / np.maximum(errors, 1e-3) * np.ones_like(targets)).mT
-            surface = np.linalg.solve(weighted @ at + 1e-6 * np.eye(6), weighted @ targets)
-            errors = np.abs(targets - at @ surface)
-        better = np.quantile(errors[..., 0], 0.75, axis=1) < even[uneven]
-        rough[uneven], uneven[uneven] = ~better, better
-        difference[uneven] = images[uneven] - (terms @ surface[better][:, None])[..., 0]
-    return difference, uneven, rough
+    difference, even = image - np.median(image[border]), np.maximum(EVEN, noise / 3)
+    if np.quantile(np.abs(difference[border]), 0.75) <= even:
+        return difference, False, False
+    # A quadratic surface, with the least absolute deviations: objects that touch the border count little.
+    y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], -1)
+    at, target = terms[border], image[border][:, None].astype(float)
+    errors = np.ones_like(target)
+    for _ in range(20):
+        weighted = (at / np.maximum(errors, 1e-3)).T
+        surface = np.linalg.solve(weighted @ at + 1e-6 * np.eye(6), weighted @ target)
+        errors = np.abs(target - at @ surface)
+    if np.quantile(errors, 0.75) >= even:
+        return difference, False, True
+    return (image - (terms @ surface)[..., 0]).astype(np.float32), True, False
 
 
 def largest_component_length(x: np.ndarray) -> np.ndarray:
     """How long the largest connected piece of ink is, in pixels, on each canvas `[n, h, h]`, uint8 or floats."""
-    labels, _ = ndimage.label(x > (127 if x.dtype == np.uint8 else 0.5), np.ones((3, 3, 3)) * [[[0]], [[1]], [[0]]])
-    sides = np.zeros(len(x), int)
-    for i, *box in ndimage.find_objects(labels):
-        sides[i.start] = max(sides[i.start], *(side.stop - side.start for side in box))
-    return sides
+    lengths = []
+    for ink in x > (127 if x.dtype == np.uint8 else 0.5):
+        labels, _ = ndimage.label(ink, np.ones((3, 3)))
+        lengths.append(max((side.stop - side.start for box in ndimage.find_objects(labels) for side in box), default=0))
+    return np.array(lengths, int)
 
 
 def estimate_object_size(x: np.ndarray) -> float | None:
     """How long an object is, about, in pixels: the median of `largest_component_length`; None if there is no ink."""
-    sides = largest_component_length(x)
-    return float(np.median(sides[sides > 0])) if sides.any() else None
+    lengths = largest_component_length(x)
+    return float(np.median(lengths[lengths > 0])) if lengths.any() else None
 
 
 def has_unexplained_ink(x: np.ndarray, boxes: np.ndarray, floor: float) -> bool:

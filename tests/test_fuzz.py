@@ -14,8 +14,8 @@ from conftest import call
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import images
 import main
-import multi_mnist
 from air import AIR
 from evaluation import ReferenceStats
 from training.options import make_parser
@@ -96,7 +96,7 @@ def test_what_is_forged_is_refused(is_taken, monkeypatch):
         header = written(lambda file: np.lib.format.write_array_header_1_0(file, array | {"shape": shape}))
         content = written(lambda file: zipfile.ZipFile(file, "w").writestr("x.npy", header))
         assert not is_taken("images.npz", content), shape
-    monkeypatch.setattr(multi_mnist, "LARGEST_FILE", len(INTACT["images.npz"]) // 2)
+    monkeypatch.setattr(images, "LARGEST_FILE", len(INTACT["images.npz"]) // 2)
     assert not is_taken("images.npz", INTACT["images.npz"])
 
 

@@ -16,9 +16,9 @@ def test_a_users_own_arrays(tmp_path):
     wrong = [
         ("x is not a file", {"y": x}),
         *(("expected [n, h, w]", {"x": part}) for part in (x[0], x[:0], x[:, :0, :0])),
-        *(("below 0 or", {"x": np.where(x > 0.99, value, x)}) for value in (-0.5, 70_000, np.inf, np.nan)),
+        *(("0 to 65,535", {"x": np.where(x > 0.99, value, x)}) for value in (-0.5, 70_000, np.inf, np.nan)),
         *(("", {"x": y}) for y in (x.astype(complex), np.array([{}, {}]))),
-        *(("give greys [n, h, w]", {"x": np.zeros(shape)}) for shape in ((50, 50, 3), (50, 50, 4), (5, 50, 50, 3))),
+        *(("of colours, x.mean", {"x": np.zeros(shape)}) for shape in ((50, 50, 3), (50, 50, 4), (5, 50, 50, 3))),
         *(("whole numbers", {"x": x, "counts": counts}) for counts in ([1, 2], [0.5, 1, 2, 0], [0, 1, 2, 10**12])),
         ("whole numbers", {"x": x, "counts": np.array([0, 1, 2, 2**63 + 5], np.uint64)}),
     ]
