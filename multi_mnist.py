@@ -43,7 +43,6 @@ SPLITS = {  # name: (MNIST's own training part?, its digits used, number of scen
     "validation": (True, slice(50_000, 60_000), 5_000),
     "test": (False, slice(0, 10_000), 10_000),
 }
-LARGEST_FILE = 2**31  # of arrays, unpacked, in bytes: 200,000 scenes of 50x50 floats
 DIGIT_SIZE, CANVAS_SIZE = 28, 50  # in pixels
 MAX_DIGITS = 2
 
@@ -143,55 +142,35 @@ def compose(
     counts = rng.integers(min_digits, max_digits + 1, size=n)
     x = np.zeros((n, canvas_size, canvas_size), np.uint8)
     labels, boxes = np.full((n, max_digits), -1), np.full((n, max_digits, 4), -1)
+    todo = np.flatnonzero(counts)  # scenes still to be filled
     for _ in range(1000):
-        todo = np.flatnonzero((boxes[..., 0] >= 0).sum(axis=1) < counts)  # scenes still to be filled
         if not len(todo):
             return Scenes(x, counts, labels, boxes)
-        present = np.arange(max_digits) < counts[todo, None]
-        which = rng.integers(len(digits), size=present.shape)
-        size = (DIGIT_SIZE / rng.normal(*shrink, size=present.shape)).astype(int).clip(1, canvas_size)
-        left, top = rng.integers(0, canvas_size - size[None] + 1, size=(2, *present.shape))
-        label = np.where(present, classes[which], -1)
-        parts = np.array_split(np.arange(len(todo)), len(todo) // 4000 + 1)  # few at a time: these stay in a cache
-        for part in tqdm(parts, bar, leave=False, delay=0.1, disable=None if bar else True):
-            total, box = paint(digits, present[part], which[part], size[part], left[part], top[part], canvas_size)
-            fits = total.max(axis=(1, 2)) <= 255
-            done = todo[part[fits]]
-            x[done], labels[done], boxes[done] = total[fits], label[part[fits]], box[fits]
+        which = rng.integers(len(digits), size=(len(todo), max_digits))
+        size = (DIGIT_SIZE / rng.normal(*shrink, size=which.shape)).astype(int).clip(1, canvas_size)
+        left, top = rng.integers(0, canvas_size - size[None] + 1, size=(2, *which.shape))
+        too_bright = []
+        for draw, i in enumerate(tqdm(todo, bar, leave=False, delay=0.1, disable=None if bar else True)):
+            k = counts[i]
+            those = which[draw, :k]
+            total, box = paint(digits[those], size[draw, :k], left[draw, :k], top[draw, :k], canvas_size)
+            if total.max() > 255:
+                too_bright.append(i)
+            else:
+                x[i], labels[i, :k], boxes[i, :k] = total, classes[those], box
+        todo = too_bright
     raise DataError(f"{max_digits} digits do not fit on a canvas of {canvas_size} pixels without overlapping")
 
 
-def paint(digits, present, which, size, left, top, canvas_size) -> tuple[np.ndarray, np.ndarray]:
-    """The sums of `n` scenes' digits, uint16 `[n, canvas_size, canvas_size]`, and the boxes of their ink."""
-    total = np.zeros((len(present), canvas_size, canvas_size), np.uint16)
-    boxes = np.full((*present.shape, 4), -1)
-    for s in np.unique(size[present]).tolist():
-        rows, slots = np.nonzero(present & (size == s))
-        x, y = left[rows, slots], top[rows, slots]
-        patches = resize(digits[which[rows, slots]], s)
-        for row, x0, y0, patch in zip(rows.tolist(), x.tolist(), y.tolist(), patches):
-            total[row, y0 : y0 + s, x0 : x0 + s] += patch
-        boxes[rows, slots] = ink_boxes(patches) + np.stack([x, y, 0 * x, 0 * y], axis=1)
-    return total, boxes
-
-
-def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """PIL's bicubic resize of each of uint8 `[n, h, h]`, to `[n, size, size]`, in two calls instead of n."""
-    # The filter is separable and PIL rounds to uint8 between its two passes, so stacking the images first below
-    # and then beside each other gives bit for bit what resizing each alone would.
-    n, h, _ = images.shape
-    tall = Image.fromarray(images.reshape(n * h, h)).resize((size, n * h), Image.Resampling.BICUBIC)
-    wide = np.asarray(tall).reshape(n, h, size).transpose(1, 0, 2).reshape(h, n * size)
-    wide = Image.fromarray(wide).resize((n * size, size), Image.Resampling.BICUBIC)
-    return np.asarray(wide).reshape(size, n, size).transpose(1, 0, 2)
-
-
-def ink_boxes(patches: np.ndarray) -> np.ndarray:
-    """`[n, 4]`: `(x, y, w, h)` of the tightest rectangle around the nonzero pixels of each `[n, s, s]`."""
-    ink = np.stack([(patches > 0).any(axis=1), (patches > 0).any(axis=2)])  # [2, n, s]: the columns, the rows with ink
-    first = ink.argmax(axis=2)
-    length = ink.shape[2] - ink[..., ::-1].argmax(axis=2) - first
-    return np.concatenate([first, length]).T
+def paint(digits, sizes, left, top, canvas_size) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of a scene's digits, int `[canvas_size, canvas_size]`, and the boxes of their ink, `[k, 4]`."""
+    total, boxes = np.zeros((canvas_size, canvas_size), int), []
+    for digit, size, x, y in zip(digits, sizes, left, top):
+        patch = Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
+        total[y : y + size, x : x + size] += np.asarray(patch)
+        x0, y0, x1, y1 = patch.getbbox()
+        boxes.append((x + x0, y + y0, x1 - x0, y1 - y0))
+    return total, np.array(boxes)
 
 
 def load_split(split: str, data_dir="data") -> Scenes:
@@ -210,15 +189,6 @@ def digest(scenes: Scenes) -> str:
             sha256.update(f"{name} {array.dtype.str} {array.shape} ".encode())
             sha256.update(np.ascontiguousarray(array))
     return sha256.hexdigest()
-
-
-def open_arrays(path):
-    """The arrays of an `.npz` file, without running code that it may hold, and if they are not too large."""
-    with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
-    if size > LARGEST_FILE:
-        raise ValueError(f"it holds {size / 2**20:,.0f} MiB, more than {LARGEST_FILE / 2**20:.0f}")
-    return np.load(path, allow_pickle=False)
 
 
 def one_line(error) -> str:

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import pickle
 import subprocess
 import sys
@@ -14,43 +15,29 @@ from PIL import Image
 from tqdm import tqdm
 
 import multi_mnist
-from multi_mnist import DataError, Scenes, compose, digest, load_digits, load_split, resize
+from multi_mnist import DataError, Scenes, compose, digest, load_digits, load_split
+
+OTHER = {"canvas_size": 80, "max_digits": 4, "min_digits": 3, "shrink": (1.2, 0.2)}
 
 
-def test_resizing_many_is_resizing_each(digits):
-    for size in (16, 21, 28, 31):
-        expected = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in digits[0]]
-        np.testing.assert_array_equal(resize(digits[0], size), expected)
-
-
-def compose_one_by_one(digits, classes, n, rng, canvas_size=50, max_digits=2, shrink=(1.3, 0.1), min_digits=0):
-    """The rule, digit by digit."""
-    counts = rng.integers(min_digits, max_digits + 1, size=n)
-    x, todo = np.zeros((n, canvas_size, canvas_size), int), np.flatnonzero(counts)
-    labels, boxes = np.full((n, max_digits), -1), np.full((n, max_digits, 4), -1)
-    while len(todo):
-        which = rng.integers(len(digits), size=(len(todo), max_digits))
-        size = np.clip((28 / rng.normal(*shrink, size=which.shape)).astype(int), 1, canvas_size)
-        left, top = rng.integers(0, canvas_size + 1 - np.stack([size, size]))
-        for draw, i in enumerate(todo):
-            x[i] = 0
-            for slot in range(counts[i]):
-                digit, s, x0, y0 = (drawn[draw, slot] for drawn in (which, size, left, top))
-                patch = np.asarray(Image.fromarray(digits[digit]).resize((s, s), Image.Resampling.BICUBIC))
-                x[i, y0 : y0 + s, x0 : x0 + s] += patch
-                ys, xs = np.nonzero(patch)
-                boxes[i, slot] = x0 + xs.min(), y0 + ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1
-                labels[i, slot] = classes[digit]
-        todo = [i for i in todo if x[i].max() > 255]
-    return Scenes(x.astype(np.uint8), counts, labels, boxes)
-
-
-def test_composing_is_as_if_one_by_one(digits):
-    other = {"canvas_size": 80, "max_digits": 4, "min_digits": 3, "shrink": (1.2, 0.2)}
-    for n, options in ((7000, {}), (300, other), (9, {"max_digits": 0}), (0, {})):
-        scenes = compose(*digits, n, np.random.default_rng(1), **options)
-        for got, expected in zip(scenes, compose_one_by_one(*digits, n, np.random.default_rng(1), **options)):
-            np.testing.assert_array_equal(got, expected, strict=True)
+@pytest.mark.parametrize("options, mean_size", [({}, 21.2), (OTHER, 23.4)])
+def test_a_scene_is_the_sum_of_the_digits_at_its_boxes(options, mean_size, digits):
+    """Their sizes are found by trying all. (The classes are the digits' numbers here, so a label names an image.)"""
+    images, sizes = digits[0], []
+    for x, count, labels, boxes in zip(*compose(images, np.arange(60), 300, np.random.default_rng(1), **options)):
+        assert options.get("min_digits", 0) <= count and (labels[count:] == -1).all() and (boxes[count:] == -1).all()
+        fitting = []
+        for label, (left, top, w, h) in zip(labels[:count], boxes[:count]):
+            fitting.append([])
+            for size in range(8, 60):
+                patch = Image.fromarray(images[label]).resize((size, size), Image.Resampling.BICUBIC)
+                ink = np.asarray(patch.crop(patch.getbbox()), int)
+                if ink.shape == (h, w):
+                    after = len(x) - top - h, len(x) - left - w
+                    fitting[-1].append((size, np.pad(ink, ((top, after[0]), (left, after[1])))))
+        which = [some for some in itertools.product(*fitting) if (sum(canvas for _, canvas in some) == x).all()]
+        sizes.extend(size for size, _ in which[0])
+    assert np.mean(sizes) == pytest.approx(mean_size, abs=0.5)
 
 
 def test_digits_that_do_not_fit(digits):
@@ -73,7 +60,7 @@ def test_statistics_and_checksum(digits):
 
 def test_splits_share_no_digit_and_are_described(monkeypatch, capsys):
     """Digits whose class is their own number: the labels of a split then say which ones it used."""
-    blank, train, test = np.zeros((60_000, 28, 28), np.uint8), np.arange(60_000), np.arange(60_000, 70_000)
+    blank, train, test = np.ones((60_000, 28, 28), np.uint8), np.arange(60_000), np.arange(60_000, 70_000)
     monkeypatch.setattr(multi_mnist, "load_digits", lambda is_train, _: (blank, train) if is_train else (blank, test))
     monkeypatch.setattr(multi_mnist, "tqdm", lambda parts, name, **rest: tqdm(parts, name, **rest | {"delay": 0}))
     for split, first, last in (("train", 0, 50_000), ("validation", 50_000, 60_000), ("test", 60_000, 70_000)):
