@@ -1,3 +1,4 @@
+import re
 import weakref
 
 import numpy as np
@@ -13,20 +14,16 @@ DOWN, ACROSS = np.mgrid[0:1:50j, 0:1:50j]
 
 def test_a_users_own_arrays(tmp_path):
     path, x = tmp_path / "own.npz", np.random.default_rng(0).random((4, 50, 50))
-    wrong = [
-        ("x is not a file", {"y": x}),
-        *(("expected [n, h, w]", {"x": part}) for part in (x[0], x[:0], x[:, :0, :0])),
-        *(("0 to 65,535", {"x": np.where(x > 0.99, value, x)}) for value in (-0.5, 70_000, np.inf, np.nan)),
-        *(("", {"x": y}) for y in (x.astype(complex), np.array([{}, {}]))),
-        *(("of colours, x.mean", {"x": np.zeros(shape)}) for shape in ((50, 50, 3), (50, 50, 4), (5, 50, 50, 3))),
-        *(("whole numbers", {"x": x, "counts": counts}) for counts in ([1, 2], [0.5, 1, 2, 0], [0, 1, 2, 10**12])),
-        ("whole numbers", {"x": x, "counts": np.array([0, 1, 2, 2**63 + 5], np.uint64)}),
-    ]
+    shapes = x[0], x[:0], x[:, :0, :0], x[..., :3], x[..., :4], x[..., None]
+    values = *(np.where(x > 0.99, value, x) for value in (-0.5, 70_000, np.inf, np.nan)), x.astype(complex)
+    counts = [1, 2], [0.5, 1, 2, 0], [0, 1, -1, 2], [0, 1, 2, 10**12], np.array([0, 1, 2, 2**63 + 5], np.uint64)
+    wrong = [("x is not a file", {"y": x}), *(("expected greys [n, h, w]", {"x": part}) for part in shapes)]
+    wrong += [("0 to 65,535", {"x": part}) for part in values]
+    wrong += [("4 whole numbers", {"x": x, "counts": part}) for part in counts]
     for text, arrays in wrong:
         np.savez(path, **arrays)
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(DataError, match=f"^.*own.npz cannot be read: .*{re.escape(text)}.*$"):
             load_canvases(path)
-        assert "own.npz cannot be read: " in (line := str(caught.value)) and text in line and "\n" not in line
     np.savez(path, x=x, counts=np.array([0, 1, 2, 5]))
     assert load_canvases(path)[0].counts.tolist() == [0, 1, 2, 5]
 
@@ -66,19 +63,14 @@ def test_however_images_are_stored_the_model_sees_the_same(way, scenes):
 def test_an_image_becomes_the_same_in_any_company_and_however_it_is_stored(scenes, tmp_path):
     """To the last bit, with its doubt and floor."""
     rng, x = np.random.default_rng(0), scenes.x
-    kinds = [way(image[None])[0].clip(0, 255).astype(np.uint8) for way, image in zip(WAYS.values(), x)]
-    hot, salt = (x[0] * 0.4).astype(np.uint8), np.where(rng.random((50, 50)) < 0.02, 255, x[1])
+    kinds = [way(image[None])[0].clip(0, 255) for way, image in zip(WAYS.values(), x)]
+    hot, salt = x[0] * 0.4, np.where(rng.random((50, 50)) < 0.02, 255, x[1])
     hot[20, 30] = 255
     others = hot, salt, 0 * hot, 0 * hot + 77, rng.integers(0, 256, (50, 50)), np.where(ACROSS < 0.5, x[2], 255 - x[2])
-    stack = np.stack([*kinds, *others]).astype(np.uint16)
-    first, *more = (Image.fromarray(image.astype(np.uint8)) for image in stack)
-    first.save(tmp_path / "pages.tif", save_all=True, append_images=more)
+    stack = np.stack([*kinds, *others]).astype(np.uint8)
     for size, invert in ((50, None), (50, True), (64, None), (28, False)):
-        whole = to_canvases(stack, size, invert)
-        pages = to_canvases(read_file(tmp_path / "pages.tif")[0], size, invert)
-        bright = to_canvases(np.concatenate([stack, 65535 + 0 * stack[:1]])[::-1], size, invert)
-        assert (pages.x == whole.x).all() and (bright.x[:0:-1] == whole.x).all() and whole.floors.any()
-        for i, image in enumerate(stack.astype(np.uint8)):
+        whole = to_canvases(np.concatenate([stack, 65535 + 0 * stack[:1].astype(np.uint16)]), size, invert)
+        for i, image in enumerate(stack):
             Image.fromarray(image).save(tmp_path / "one.png")
             ways = image, image / 255, (image / 255).astype(np.float32), read_file(tmp_path / "one.png")[0][0][0]
             for (canvas,), _, (doubt,), (floor,), _ in (to_canvases(way[None], size, invert) for way in ways):
@@ -87,15 +79,12 @@ def test_an_image_becomes_the_same_in_any_company_and_however_it_is_stored(scene
 
 def test_one_pixel_does_not_decide(scenes):
     rng, x = np.random.default_rng(0), (scenes.x[scenes.counts > 0][:60] * 0.4).astype(np.uint8)
-    clean, hot, dust = to_canvases(x, 50), x.copy(), x.copy()
-    for i, (row, column) in enumerate(rng.integers(0, 49, (60, 2))):
-        hot[i, row, column] = dust[i, row : row + 2, column : column + 2] = 255
+    clean, hot = to_canvases(x, 50), x.copy()
+    hot[np.arange(60), *rng.integers(0, 50, (2, 60))] = 255
     for stored in (hot, 65535 - 257 * hot.astype(np.uint16)):
         seen = to_canvases(stored, 50)
         assert ((np.abs(seen.x.astype(int) - clean.x) > 1).sum((1, 2)) <= 1).all()
         assert seen.remarks[0] == "60 of 60 images: specks of one or two pixels were removed"
-        assert images.estimate_object_size(seen.x) == images.estimate_object_size(clean.x) > 10
-    assert np.abs(to_canvases(dust, 50).x.astype(int) - clean.x).mean() < 1
     lights = np.zeros((3, 50, 50), np.uint8)  # an image's only ones
     lights[0, 20, 20], lights[1, 20, 20], lights[2, 20, 20:22] = 1, 20, 255
     assert not to_canvases(lights, 50).x.any() and to_canvases(lights, 50).doubts == [None] * 3
@@ -106,15 +95,14 @@ def test_one_pixel_does_not_decide(scenes):
 
 def test_what_is_empty_and_what_is_doubted(scenes):
     rng, x, left = np.random.default_rng(0), scenes.x[scenes.counts > 0][:20], ACROSS < 0.5
-    (canvas,), _, doubts, _, remarks = to_canvases(np.full((1, 50, 50), 77, np.uint8), 50)
-    assert not canvas.any() and doubts == [None] and not remarks
+    plain = to_canvases(np.full((1, 50, 50), 77, np.uint8), 50)
+    assert not plain.x.any() and plain.doubts == [None] and not plain.remarks
     for low in (rng.normal(128, 5, x.shape), rng.random(x.shape), 2 * (x > 127).astype(np.uint8), x / 255e3):
         seen = to_canvases(low, 50)
         assert not seen.x.any() and seen.doubts == [LOW] * 20 and seen.remarks == [f"20 of 20 images: {LOW}"]
     assert to_canvases((255 - x) * np.where(left, 0.6, 1.0), 50).doubts.count(UNEVEN) > 15  # a shadow's sharp edge
-    both = to_canvases(np.where(left, 128 + 0.45 * x, 128 - 0.45 * x), 50)
-    mixed = (x * left).any((1, 2)) & (x * ~left).any((1, 2))
-    assert mixed.sum() > 3 and {both.doubts[i] for i in np.flatnonzero(mixed)} == {BOTH}
+    mixed = x[(x * left).any((1, 2)) & (x * ~left).any((1, 2))]
+    assert {*to_canvases(128 + 0.45 * mixed * np.where(left, 1, -1), 50).doubts} == {BOTH}
     told = to_canvases(np.concatenate([x, 255 - x[:2]]), 50, invert=False)
     assert told.doubts == [None] * 20 + [BOTH] * 2 and not told.x[20:].any()
 
@@ -131,13 +119,11 @@ def test_ink_outside_all_windows():
 
 
 def test_ink_at_the_same_place_in_all_images(scenes, tmp_path):
-    others = scenes.x[:20], np.repeat(scenes.x[:1], 5, 0), 0 * scenes.x[:5], scenes.x[:0]
-    assert not any(map(images.has_fixed_ink, others))
-    for i, image in enumerate([0 * scenes.x[0], *scenes.x[:5]]):
-        image = np.array(Image.fromarray(image).resize((400, 400)))
-        image[380:396, 2:80] = 255
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
-    assert "scale bar" in load_canvases(tmp_path)[1][-1]
+    x = scenes.x[:20].copy()
+    assert not any(map(images.has_fixed_ink, (x, np.repeat(x[:1], 5, 0), 0 * x, x[:0])))
+    x[:, 46:48, 2:12] = 255
+    np.savez(tmp_path / "bar.npz", x=x)
+    assert "scale bar" in load_canvases(tmp_path / "bar.npz")[1][-1]
 
 
 @pytest.mark.parametrize("height, width", [(90, 300), (300, 90), (25, 25), (50, 50), (10, 1000)])

@@ -1,7 +1,5 @@
 """The spatial transformers against PyTorch's own, and the networks."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -48,36 +46,13 @@ def test_painting_and_cropping_are_what_grid_sample_does():
             torch.testing.assert_close(image_to_object(poses, channels, 28, widen), expected)
 
 
-def test_an_object_lands_where_its_pose_says():
-    pose = torch.tensor([[2.5, 1.0, -0.5]])
-    image = object_to_image(pose, torch.ones(1, 28, 28), 50)[0]
-    x, y, w, h = pose_to_box(pose, 50)[0].tolist()
-    assert w == h == pytest.approx(20)
-    # Centre at (-x/s, -y/s) = (-0.4, 0.2) of the canvas's [-1, 1]: pixels 15 and 30 of 50.
-    assert (x + w / 2, y + h / 2) == (pytest.approx(15), pytest.approx(30))
+def test_an_object_fills_its_box():
+    """Which is never larger than the canvas."""
+    poses = torch.tensor([[2.5, 1.0, -0.5], [4.0, -2.0, 1.5], [0.5, 0.4, -0.2]])
     at = torch.arange(50) + 0.5
-    for marginal, centre in ((image.sum(0), 15), (image.sum(1), 30)):
-        assert float(marginal @ at / marginal.sum()) == pytest.approx(centre, abs=0.01)
-    inside = torch.zeros(50, 50, dtype=bool)
-    inside[math.floor(y) : math.ceil(y + h), math.floor(x) : math.ceil(x + w)] = True
-    assert image[~inside].max() == 0 and image[inside].mean() > 0.9
-
-
-def test_gradients_by_finite_differences():
-    pose = torch.tensor([[2.3, 0.41, -0.27], [1.4, -0.33, 0.62]], dtype=torch.float64, requires_grad=True)
-    objects = torch.rand(2, 5, 5, dtype=torch.float64, requires_grad=True)
-    images = torch.rand(2, 2, 9, 9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z, o: object_to_image(z, o, 9), (pose, objects))
-    assert torch.autograd.gradcheck(lambda z, i: image_to_object(z, i, 5, 1.3), (pose, images))
-
-
-def test_a_window_is_never_larger_than_the_canvas():
-    """And no gradient is infinite."""
-    pose = torch.tensor([[0.0, 0.2, 0.1], [-3.0, 0.2, 0.1], [1e-30, 0.2, 0.1]], requires_grad=True)
-    box, crop = pose_to_box(pose, 50), image_to_object(pose, torch.rand(3, 1, 50, 50), 28)
-    assert box[:, 2:].tolist() == [[50, 50]] * 3
-    (crop.sum() + object_to_image(pose, crop[:, 0].detach(), 50).sum() + box.sum()).backward()
-    assert pose.grad.isfinite().all()
+    for image, (x, y, w, h) in zip(object_to_image(poses, torch.ones(3, 28, 28), 50), pose_to_box(poses, 50)):
+        inside = ((at[:, None] - y - h / 2).abs() < h / 2) & ((at - x - w / 2).abs() < w / 2)
+        assert image[~inside].max() < 0.51 and image[inside].mean() > 0.9
 
 
 def test_lstm_is_an_lstm_that_sees_the_image_at_every_step():
@@ -111,16 +86,6 @@ def test_the_peak_is_where_most_is_left(attention):
     assert (pixels - torch.tensor([[13.5, 10.5], [13.5, 35.5], [13.5, 10.5]])).abs().max() <= 1
 
 
-def test_the_canvas_is_dilated(attention):
-    """An object painted a pixel beside its place leaves nothing."""
-    x = torch.zeros(1, 50, 50)
-    x[:, 20:32, 20:32] = 1.0
-    for shift in (0, 1):
-        assert attention.residual(x, x.roll((shift, -shift), (1, 2))).max() == 0
-    assert attention.residual(x, x.roll(2, 1)).max() == 1
-    assert attention.residual(x, 1.5 * x).min() == 0
-
-
 def test_each_look_starts_elsewhere(attention):
     """A fifth of a window, of 2 / 3 in canvas coordinates, beside the peak, and each in another direction."""
     away = torch.stack([attention.init_state(torch.rand(2, 50, 50), look)[0] for look in range(5)])
@@ -139,8 +104,7 @@ def test_no_gradient_passes_through_the_canvas():
 
 def test_networks_start_where_they_should():
     objects = Decoder(50, 200, 28)(torch.randn(100, 50))
-    assert objects.shape == (100, 28, 28)
-    assert 0 < objects.min() and objects.mean() < 0.2  # nearly empty
+    assert objects.shape == (100, 28, 28) and 0 < objects.min() and objects.mean() < 0.2  # nearly empty
     loc, scale = Encoder(2, 28, 200, 50)(torch.rand(100, 2, 28, 28))
     assert loc.shape == scale.shape == (100, 50) and scale.min() > 0
     x, state = torch.rand(100, 50, 50), (torch.zeros(100, 3), torch.zeros(100, 50))
