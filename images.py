@@ -140,10 +140,10 @@ def to_grey(image: Image.Image) -> tuple[np.ndarray, str | None]:
 def load_canvases(path: Path, size: int | None = None, invert: bool | None = None) -> tuple[Scenes, list[str]]:
     """The images in a file, or in all files of a folder, on canvases (see `to_canvases`); and remarks, a line each.
     Files of a folder that cannot be read are left out, with a remark. Raises DataError if nothing can be read."""
-    files, remarks, counts = files_in(path), [], []
+    remarks, counts = [], []
 
     def blocks():
-        for file in files:
+        for file in files_in(path):
             try:
                 some, some_counts, some_remarks = read_file(file)
             except DataError as error:
@@ -185,9 +185,9 @@ def to_canvases(blocks, size: int | None = None, invert: bool | None = None) -> 
 
 def normalize(image: np.ndarray, size: int, invert: bool | None) -> tuple:
     """Of an image `[h, w]`: canvas, place and floor, as in `Canvases`; and which of `FACTS` are true of it."""
-    whole = np.rint(255 * image.astype(float))
-    if image.max() <= 1 and (np.abs(255 * image.astype(float) - whole) < 0.001).all():
-        image = whole  # x / 255 is the image x, down to the last bit.
+    scaled = 255 * image.astype(float)
+    if image.max() <= 1 and (np.abs(scaled - np.rint(scaled)) < 0.001).all():
+        image = np.rint(scaled)  # x / 255 is the image x, down to the last bit.
     clean, specks = without_specks(image.astype(np.float32))
     image = resize_to_canvas(clean / white_of(clean), size)
     h, w = image.shape
@@ -220,10 +220,10 @@ def white_of(image: np.ndarray) -> np.float32:
 def without_specks(image: np.ndarray) -> tuple[np.ndarray, int]:
     """An image `[h, w]` without hot and dark pixels, alone or in pairs; and how many there were."""
     # A pixel keeps its grey if two others reach it within a square of 3x3: an opening by the third in rank.
-    third = ndimage.rank_filter(image, -3, 3, mode="constant", cval=image.min())
-    upper = np.minimum(image, ndimage.maximum_filter(third, 3))
-    third = ndimage.rank_filter(image, 2, 3, mode="constant", cval=image.max())
-    lower = np.maximum(image, ndimage.minimum_filter(third, 3))
+    brightest = ndimage.rank_filter(image, -3, 3, mode="constant", cval=image.min())
+    darkest = ndimage.rank_filter(image, 2, 3, mode="constant", cval=image.max())
+    upper = np.minimum(image, ndimage.maximum_filter(brightest, 3))
+    lower = np.maximum(image, ndimage.minimum_filter(darkest, 3))
     half = (upper.max() - lower.min()) / 2
     light, dark = image - upper > half, lower - image > half
     return np.where(light, upper, np.where(dark, lower, image)), (light | dark).sum()
