@@ -20,9 +20,9 @@ class CheckpointError(Exception):
 
 
 def write_file(path, content: bytes) -> None:
-    """Write a file at once or not at all: beside `path`, under a name of this process's own, then renamed."""
+    """Write a file at once or not at all: beside `path` first, where one that was killed may have left a part of it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
