@@ -1,7 +1,6 @@
 """Small drawn digits and scenes, so that the tests need neither the network nor MNIST; and main.py, called on them."""
 
 import contextlib
-import functools
 import io
 import itertools
 import json
@@ -116,23 +115,17 @@ def call(main, *args) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
-def call_main(data_file, *args) -> subprocess.CompletedProcess:
-    """main.py with these flags; it trains on the drawn digits if they name no other data."""
-    args = [*map(str, args)]
-    named = {"--data", "--load", "-h"} & set(args)
-    return call(main.main, *args, *(() if named else ("--data", data_file)))
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_main(data_file):
-    return functools.partial(call_main, data_file)
+    """Call main.py with some flags; it trains on the drawn digits if they name no other data."""
+    return lambda *args: call(main.main, *args, *(() if {"--data", "--load"} & {*args} else ("--data", data_file)))
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory, data_file):
+def run(tmp_path_factory, run_main):
     """One finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    return folder, call_main(data_file, *SHORT, "--out", folder)
+    return folder, run_main(*SHORT, "--out", folder)
 
 
 @pytest.fixture
