@@ -82,37 +82,34 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, complete and checked. Bad ones end the program with an error line, before anything is begun."""
+    """The flags, complete and checked. Raises CheckpointError or UsageError for bad ones, before anything is begun."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    try:
-        if args.load:
-            checkpoint, load = read_checkpoint(args.load)
-            missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng", "data_sha256"} - checkpoint.keys()
-            if missing or not checkpoint["flags"].keys() >= {*FIXED, *KEPT}:
-                raise CheckpointError(f"{load} is not of a run of this script")
-            flags = {name: checkpoint["flags"][name] for name in FIXED + KEPT}
-            # With --eval-only, --data is something else: images to evaluate on.
-            parser.set_defaults(**flags | ({"data": None, "invert": None} if args.eval_only else {}))
-            args = parser.parse_args(argv)
-            args.load = load
-            # More objects may be looked for than in training, in images that are stored in another way.
-            free = ("max_objects", "invert") if args.eval_only else ()
-            for name in FIXED:
-                if name not in free and getattr(args, name) != flags[name]:
-                    raise UsageError(f"{flag(name)} {getattr(args, name)}: the loaded run has {flags[name]}")
-            if args.num_steps < checkpoint["step"]:
-                raise UsageError(f"--num-steps {args.num_steps}: the run is already at step {checkpoint['step']}")
-        check(args)
-        if args.eval_only:
-            for name, value in vars(args).items():
-                if name not in EVALUATION and value != parser.get_default(name):
-                    raise UsageError(f"{flag(name)} cannot be combined with --eval-only")
-        else:
-            args.baseline = args.baseline or ("none" if args.estimator == "traceenum" else "rnn")
-            args.out = run_folder(args.out, args.load, args.seed)
-    except (CheckpointError, UsageError, ValueError) as error:  # ValueError: a path that cannot be one
-        parser.error(one_line(error))
+    if args.load:
+        checkpoint, load = read_checkpoint(args.load)
+        missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng", "data_sha256"} - checkpoint.keys()
+        if missing or not checkpoint["flags"].keys() >= {*FIXED, *KEPT}:
+            raise CheckpointError(f"{load} is not of a run of this script")
+        flags = {name: checkpoint["flags"][name] for name in FIXED + KEPT}
+        # With --eval-only, --data is something else: images to evaluate on.
+        parser.set_defaults(**flags | ({"data": None, "invert": None} if args.eval_only else {}))
+        args = parser.parse_args(argv)
+        args.load = load
+        # More objects may be looked for than in training, in images that are stored in another way.
+        free = ("max_objects", "invert") if args.eval_only else ()
+        for name in FIXED:
+            if name not in free and getattr(args, name) != flags[name]:
+                raise UsageError(f"{flag(name)} {getattr(args, name)}: the loaded run has {flags[name]}")
+        if args.num_steps < checkpoint["step"]:
+            raise UsageError(f"--num-steps {args.num_steps}: the run is already at step {checkpoint['step']}")
+    check(args)
+    if args.eval_only:
+        for name, value in vars(args).items():
+            if name not in EVALUATION and value != parser.get_default(name):
+                raise UsageError(f"{flag(name)} cannot be combined with --eval-only")
+    else:
+        args.baseline = args.baseline or ("none" if args.estimator == "traceenum" else "rnn")
+        args.out = run_folder(args.out, args.load, args.seed)
     return args
 
 
