@@ -13,7 +13,7 @@ import torch
 
 from air import MAX_OBJECTS
 from multi_mnist import DataError, one_line
-from training.checkpoint import CheckpointError, read_checkpoint
+from training.checkpoint import read_checkpoint
 from training.parallel import ProcessLost, launched
 from training.run import UsageError, has_files, is_run_folder
 from training.svi import NonFiniteError
@@ -82,14 +82,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, complete and checked. Raises CheckpointError or UsageError for bad ones, before anything is begun."""
+    """The flags, complete and checked. Raises DataError or UsageError for bad ones, before anything is begun."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.load:
         checkpoint, load = read_checkpoint(args.load)
         missing = {"step", "seconds", "flags", "optimizer", "rng", "cuda_rng", "data_sha256"} - checkpoint.keys()
         if missing or not checkpoint["flags"].keys() >= {*FIXED, *KEPT}:
-            raise CheckpointError(f"{load} is not of a run of this script")
+            raise DataError(f"{load} is not of a run of this script")
         flags = {name: checkpoint["flags"][name] for name in FIXED + KEPT}
         # With --eval-only, --data is something else: images to evaluate on.
         parser.set_defaults(**flags | ({"data": None, "invert": None} if args.eval_only else {}))
@@ -167,7 +167,7 @@ def one_line_errors(program: str) -> Iterator[None]:
         sys.stderr = open(os.devnull, "w")
     try:
         yield
-    except (CheckpointError, DataError, UsageError) as error:
+    except (DataError, UsageError) as error:
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except (OSError, NonFiniteError, ProcessLost) as error:

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from air import AIR
 from evaluation import ReferenceStats
-from multi_mnist import one_line
-from training.checkpoint import CheckpointError, read_reference, save_checkpoint, write_file
+from multi_mnist import DataError, one_line
+from training.checkpoint import read_reference, save_checkpoint, write_file
 from training.parallel import Processes
 
 # Ctrl-C, and what schedulers, terminals and resource limits send.
@@ -91,7 +91,7 @@ def begin(
 ) -> State:
     """Where a run begins: at step 0, or where the checkpoint at `load` was. Writes the first files of its folder.
 
-    Raises CheckpointError or UsageError, before anything is changed, if the checkpoint cannot be resumed.
+    Raises DataError or UsageError, before anything is changed, if the checkpoint cannot be resumed.
     """
     state, has_stream = resume(checkpoint, load, optimizer, processes) if checkpoint else (State(), processes.is_main)
     if not has_stream:
@@ -125,7 +125,7 @@ def save(folder: Path, air: AIR, optimizer, state: State, processes: Processes, 
 def resume(checkpoint: dict, path: Path, optimizer, processes: Processes) -> tuple[State, bool]:
     """Progress, optimizer and random numbers as they were; and whether this process has such random numbers.
 
-    It has not where the number of processes or the kind of device was another. Raises CheckpointError.
+    It has not where the number of processes or the kind of device was another. Raises DataError.
     """
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -141,7 +141,7 @@ def resume(checkpoint: dict, path: Path, optimizer, processes: Processes) -> tup
                 torch.cuda.set_rng_state(cuda_rng[processes.rank].clone())
         state = State(int(checkpoint["step"]), float(checkpoint["seconds"]), read_reference(checkpoint, path))
     except Exception as error:  # Whatever goes wrong, the file is at fault.
-        raise CheckpointError(f"{path} cannot be resumed: {one_line(error)}") from None
+        raise DataError(f"{path} cannot be resumed: {one_line(error)}") from None
     return state, has_stream
 
 
