@@ -83,16 +83,19 @@ def draw(air: AIR, split: str, scenes: Scenes, evaluation: Evaluation, lines: li
 
     title = "Scenes sampled from the model (without the noise of pixels): before it learned anything, and now"
     pictures["prior"] = viz.draw_scenes(prior_samples(air), title=title, labels=["before", "now"])
+
     if scenes.counts is not None:
         title = f"{split_scenes} (of {len(counts):,}) counted wrong: true count → inferred count"
         wrong = np.flatnonzero(scenes.counts != counts)[:30]
         captions = [f"{scenes.counts[i]} → {counts[i]}" for i in wrong]
         pictures["mistakes"] = viz.draw_scenes(scenes.x[wrong], [boxes[i] for i in wrong], captions, title=title)
+
     if validated := [line for line in lines if line["split"] == "validation"]:
         steps, seconds = ([line[name] for line in validated] for name in ("step", "seconds"))
         curves = {what: (steps, seconds, [line.get(name) for line in validated]) for what, name in CURVES.items()}
         known = {what: curve for what, curve in curves.items() if curve[2][-1] is not None}
         pictures["curves"] = viz.draw_curves(known, "Validation scenes, as it learns")
+
     confusions = [line["confusion"] for line in lines if line["split"] == split and line["confusion"]]
     if confusions:
         pictures["confusion"] = viz.draw_confusion(confusions[-1], f"{split_scenes}: counts")
