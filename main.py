@@ -25,7 +25,7 @@ from air import AIR
 from evaluation import evaluate, interval, reference_stats
 from training import run
 from training.checkpoint import build_air, read_checkpoint
-from training.data import check_size, evaluation_scenes, load_scenes, pose_prior
+from training.data import evaluation_scenes, load_scenes, pose_prior
 from training.options import one_line_errors, parse
 from training.parallel import Processes
 from training.pictures import Pictures
@@ -48,13 +48,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args, processes: Processes, resumes: bool) -> None:
     """Data, AIR, SVI, evaluation, pictures; with --load, from where that run was."""
-    pictures = Pictures(args.out, args.visdom, args.visdom_env, args.seed) if processes.is_main else None
+    pictures = Pictures(args.out, args.visdom, args.visdom_env) if processes.is_main else None
     checkpoint = read_checkpoint(args.load)[0] if args.load else None
     size = checkpoint["air"]["image_size"] if checkpoint else None
     options = args.data_dir, size, args.invert, args.max_objects
     train_scenes, validation_scenes, test_scenes, sha256 = load_scenes(args.data, *options, processes)
     if resumes and checkpoint["data_sha256"] != sha256:
-        raise run.RunError(f"{args.out} was trained on other images: name another folder to resume it in with --out")
+        raise run.UsageError(f"{args.out} was trained on other images: name another folder to resume it in with --out")
     # This process's share, on its device; uint8: a mini-batch becomes floats when it is drawn.
     train_x = torch.from_numpy(train_scenes.x[processes.rank :: processes.world_size]).to(processes.device)
 
@@ -65,7 +65,6 @@ def train(args, processes: Processes, resumes: bool) -> None:
     else:
         prior = pose_prior(train_scenes.x, args.object_size) if args.data or args.object_size else {}
         air = AIR(args.max_objects, train_scenes.x.shape[1], guide=args.guide, baseline=args.baseline, **prior)
-    check_size(train_scenes, air)
     air.to(processes.device)
     processes.broadcast(air.state_dict().values())
     svi, adam = make_svi(air, args.estimator, processes)
@@ -121,7 +120,6 @@ def evaluate_only(args) -> dict:
     checkpoint, path = read_checkpoint(args.load)
     air = build_air(checkpoint, path).to("cuda" if args.cuda else "cpu")
     split, scenes = evaluation_scenes(args.data, args.data_dir, args.invert, checkpoint, air.image_size)
-    check_size(scenes, air)
     metrics = evaluate(air, scenes, args.max_objects, several_looks=True).metrics
     return run.metrics_line(split, run.State(checkpoint["step"], checkpoint["seconds"]), metrics)
 

@@ -166,7 +166,7 @@ class Dashboard:
         try:
             parts = urlsplit(url)
             port, base = parts.port or 8097, f"/{parts.path.strip('/')}".rstrip("/")
-            if "@" in "".join(parts[2:]):  # A character of the password has ended the part with the host.
+            if not parts.hostname or "@" in "".join(parts[2:]):  # as of a password with / in it
                 raise ValueError
         except ValueError:  # Its message may quote the password.
             raise ConnectionError(f"not the URL of a visdom server, such as {URL_EXAMPLE}") from None
@@ -178,14 +178,18 @@ class Dashboard:
         self.session = requests.Session()
         self.session.trust_env = parts.hostname not in ("localhost", "127.0.0.1")  # no proxy for these
         self.client.send, self.client._handle_post = True, self.post
-        self.connect()
+        self.show({})
 
-    def connect(self) -> None:
-        """Log in, if the URL has a user, and make the environment. Raises as above."""
-        if self.client.username:
+    def show(self, pictures: dict[str, np.ndarray]) -> None:
+        """Show RGB arrays in windows of these names, at first a little smaller than they are. Raises as above."""
+        if self.client.username:  # Each time: a server that was started again wants a new login.
             login = {"username": self.client.username, "password": self.client.password}
             self.post(f"{self.address}/", json.dumps(login))
         self.client._send({"eid": self.client.env}, endpoint=f"env/{self.client.env}")
+        for name, picture in pictures.items():
+            height, width = (side * 6 // 10 for side in picture.shape[:2])
+            opts = {"title": name, "width": width, "height": height}
+            self.client.image(picture.transpose(2, 0, 1), win=name, opts=opts)
 
     def post(self, url: str, data: str) -> str:
         """Send to the server and return its answer; visdom itself would take errors for answers. Raises as above."""
@@ -194,12 +198,6 @@ class Dashboard:
         except (ValueError, OSError):
             hint = "`python -m visdom.server -bind_local` in another terminal starts one"
             raise ConnectionError(f"no visdom server answers at {self.address} ({hint})") from None
-        if (status := response.status_code) != 200:  # Without a login, visdom 0.2.4 answers 400, 0.3.0 401.
-            hint = "user and password" if status in (400, 401, 403) else "host, port, path, and whether it has a login"
-            raise ConnectionError(f"{self.address} answers with status {status}: check {hint}, as in {URL_EXAMPLE}")
+        if response.status_code != 200:  # such as 400 or 401 for a wrong password
+            raise ConnectionError(f"{self.address} answers with status {response.status_code}: check {URL_EXAMPLE}")
         return response.text
-
-    def show(self, name: str, title: str, picture: np.ndarray) -> None:
-        """Show an RGB array as the window `name`, at first a little smaller than it is."""
-        height, width = (side * 6 // 10 for side in picture.shape[:2])
-        self.client.image(picture.transpose(2, 0, 1), win=name, opts={"title": title, "width": width, "height": height})

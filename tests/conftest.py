@@ -1,10 +1,8 @@
 """Small drawn digits and scenes, so that the tests need neither the network nor MNIST; and main.py, called on them."""
 
 import contextlib
-import functools
 import io
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -30,7 +28,7 @@ import main  # noqa: E402
 import multi_mnist  # noqa: E402
 import training.svi  # noqa: E402
 from training.checkpoint import read_checkpoint  # noqa: E402
-from training.run import read_metrics  # noqa: E402
+from training.run import read_metrics as metrics  # noqa: E402
 
 LIMIT = 600  # seconds that an event is waited for, however slow the machine is
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(LIMIT)  # that torchrun gives processes which it tells to stop
@@ -48,15 +46,11 @@ def clean_state():
 @pytest.fixture(scope="session")
 def digits():
     """60 images uint8 `[60, 28, 28]` of the digits 0 to 9 in six sizes, and their classes."""
-    images, classes = [], []
-    for size in range(18, 24):
-        for digit in range(10):
-            image = Image.new("L", (28, 28))
-            font = ImageFont.load_default(size)
-            ImageDraw.Draw(image).text((14, 14), str(digit), fill=255, font=font, anchor="mm")
-            images.append(np.asarray(image))
-            classes.append(digit)
-    return np.stack(images), np.array(classes)
+    images, classes = [Image.new("L", (28, 28)) for _ in range(60)], np.arange(60) % 10
+    for i, image in enumerate(images):
+        font = ImageFont.load_default(18 + i // 10)
+        ImageDraw.Draw(image).text((14, 14), str(classes[i]), fill=255, font=font, anchor="mm")
+    return np.stack(images), classes
 
 
 @pytest.fixture(scope="session")
@@ -79,14 +73,6 @@ def data_file(digits, tmp_path_factory):
     return path
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(folder):
-    return [{**line, "seconds": None, "steps_per_s": None} for line in metrics(folder)]
-
-
 def state(folder) -> dict[str, torch.Tensor]:
     """All that a run's future depends on, as one flat dictionary."""
     checkpoint = read_checkpoint(folder)[0]
@@ -98,7 +84,8 @@ def state(folder) -> dict[str, torch.Tensor]:
 
 def check_same(folder, other, last=0) -> None:
     """Both runs are at the same step, with the same state, bit for bit, and the same (last) lines of metrics."""
-    assert untimed(folder)[-last:] == untimed(other)[-last:]
+    for line, its in zip(metrics(folder)[-last:], metrics(other)[-last:], strict=True):
+        assert line | {"seconds": 0, "steps_per_s": 0} == its | {"seconds": 0, "steps_per_s": 0}
     expected, actual = state(folder), state(other)
     assert expected.keys() == actual.keys()
     assert [name for name, value in expected.items() if not torch.equal(value, actual[name])] == []
@@ -116,23 +103,17 @@ def call(main, *args) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
-def call_main(data_file, *args) -> subprocess.CompletedProcess:
-    """main.py with these flags; it trains on the drawn digits if they name no other data."""
-    args = [*map(str, args)]
-    named = {"--data", "--load", "-h"} & set(args)
-    return call(main.main, *args, *(() if named else ("--data", data_file)))
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_main(data_file):
-    return functools.partial(call_main, data_file)
+    """Call main.py with some flags; it trains on the drawn digits if they name no other data."""
+    return lambda *args: call(main.main, *args, *(() if {"--data", "--load"} & {*args} else ("--data", data_file)))
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory, data_file):
+def run(tmp_path_factory, run_main):
     """One finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    return folder, call_main(data_file, *SHORT, "--out", folder)
+    return folder, run_main(*SHORT, "--out", folder)
 
 
 @pytest.fixture
@@ -174,31 +155,6 @@ main.main()
 """
 
 
-# main.py that kills itself before one of its accesses to files in a folder; each file is written in two parts.
-KILLED = f"""
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-import main
-
-def count(event, args):
-    global left
-    if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(folder):
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-def write_bytes(path, content):
-    for mode, part in (("wb", content[: len(content) // 2]), ("ab", content[len(content) // 2 :])):
-        with open(path, mode) as file:
-            file.write(part)
-
-left, folder, Path.write_bytes = int(sys.argv.pop(1)), sys.argv.pop(1), write_bytes
-sys.addaudithook(count)
-main.main()
-"""
-
-
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs in this process draw nothing, which would take most of their time."""
@@ -230,7 +186,7 @@ def files(folder) -> dict[str, bytes]:
 
 def reached(folder, step) -> bool:
     """Whether the run in this folder has evaluated at this step or later."""
-    return any(line["step"] >= step for line in read_metrics(folder))
+    return any(line["step"] >= step for line in metrics(folder))
 
 
 def wait_for(event, run=None) -> None:

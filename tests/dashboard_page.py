@@ -1,10 +1,7 @@
-"""A visdom server whose page is complete without a CDN, and a screenshot of that page.
-
-    python tests/dashboard_page.py                   # a server at visdom's usual port, until Ctrl-C
-    python tests/dashboard_page.py screenshot.png    # the same; when it ends, what headless Chromium shows
+"""A visdom server whose page is complete without a CDN: `python tests/dashboard_page.py` runs one, until Ctrl-C.
 
 Visdom's server fetches the JavaScript of its page from CDNs when it first starts. The npm registry has the same files,
-which are put into a copy of the package. Needs npm, and Chromium for the picture.
+which are put into a copy of the package. Needs npm, and Chromium for a picture of the page.
 """
 
 import os
@@ -95,16 +92,9 @@ def screenshot(url: str, path: Path, size="1500,2400") -> None:
         subprocess.run(["chromium", *flags, url], check=True, capture_output=True, timeout=600)
 
 
-def main(picture=None) -> None:
+if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         complete_page(Path(folder))
-        with server(Path(folder), 8097) as process:
-            print(url := "http://localhost:8097/env/air", flush=True)
-            with suppress(KeyboardInterrupt):
-                process.wait()
-            if picture:
-                screenshot(url, Path(picture).absolute())
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        with server(Path(folder), 8097) as process, suppress(KeyboardInterrupt):
+            print("http://localhost:8097/env/air", flush=True)
+            process.wait()

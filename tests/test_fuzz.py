@@ -18,7 +18,7 @@ import images
 import main
 from air import AIR
 from evaluation import ReferenceStats
-from training.options import make_parser
+from training.options import FIXED, KEPT, make_parser
 from training.svi import make_svi
 
 
@@ -36,7 +36,7 @@ def a_checkpoint(*place, value=None) -> bytes:
     for parameter in air.parameters():
         parameter.grad = torch.zeros_like(parameter)
     adam.step()
-    flags = {name: make_parser()[0].get_default(name) for name in make_parser()[1]} | {"data_dir": "data"}
+    flags = {name: make_parser().get_default(name) for name in FIXED + KEPT} | {"data_dir": "data"}
     checkpoint = {"air": air.config, "parameters": air.state_dict(), "step": 3, "seconds": 1.5, "data_sha256": "0"}
     checkpoint |= {"flags": flags, "optimizer": adam.state_dict(), "rng": torch.get_rng_state()[None], "cuda_rng": None}
     if place:

@@ -16,5 +16,5 @@ def test_links_and_commands(page):
     for script, flags in re.findall(r"(?:python|torchrun[^\n]*?) ([\w/]+\.py)([^\n#`|>]*)", text):
         assert (ROOT / script).exists(), script
         if script == "main.py":
-            known = {name for action in make_parser()[0]._actions for name in action.option_strings}
+            known = {name for action in make_parser()._actions for name in action.option_strings}
             assert set(re.findall(r"(?<!\S)--?[a-z][\w-]*", flags)) <= known, flags

@@ -1,6 +1,6 @@
 """Checkpoints: an AIR's parameters and, of a run, all that it needs to be resumed; tensors and plain values only.
 
-What is damaged, or is not a checkpoint of this AIR, raises CheckpointError, with one line that says why.
+What is damaged, or is not a checkpoint of this AIR, raises DataError, with one line that says why.
 """
 
 import io
@@ -12,17 +12,13 @@ import torch
 
 from air import AIR
 from evaluation import ReferenceStats
-from multi_mnist import one_line
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be read or is not AIR's; the message says what is wrong with it."""
+from multi_mnist import DataError, one_line
 
 
 def write_file(path, content: bytes) -> None:
-    """Write a file at once or not at all: beside `path`, under a name of this process's own, then renamed."""
+    """Write a file at once or not at all: beside `path` first, where one that was killed may have left a part of it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -57,9 +53,9 @@ def read_checkpoint(path) -> tuple[dict, Path]:
         if not {"air", "parameters"} <= checkpoint.keys():
             raise ValueError("it has no 'air' and 'parameters'")
     except FileNotFoundError:
-        raise CheckpointError(f"no such checkpoint: {path}") from None
+        raise DataError(f"no such checkpoint: {path}") from None
     except Exception as error:  # Whatever else goes wrong in reading, the file is at fault.
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {one_line(error)}") from None
+        raise DataError(f"{path} is damaged or not a checkpoint: {one_line(error)}") from None
     return checkpoint, path
 
 
@@ -72,7 +68,7 @@ def build_air(checkpoint: dict, path="checkpoint") -> AIR:
             if not parameter.isfinite().all():
                 raise ValueError(f"{name} is not finite")
     except Exception as error:  # Whatever goes wrong, the file is at fault.
-        raise CheckpointError(f"{path} is not a checkpoint of this AIR: {one_line(error)}") from None
+        raise DataError(f"{path} is not a checkpoint of this AIR: {one_line(error)}") from None
     return air
 
 
@@ -82,4 +78,4 @@ def read_reference(checkpoint: dict, path="checkpoint") -> ReferenceStats | None
     try:
         return None if saved is None else ReferenceStats(**{name: float(value) for name, value in saved.items()})
     except Exception:  # Whatever goes wrong, the file is at fault.
-        raise CheckpointError(f"{path} has no readable 'reference': {saved!r:.100}") from None
+        raise DataError(f"{path} has no readable 'reference': {saved!r:.100}") from None

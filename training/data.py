@@ -5,22 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
-from air import AIR
 from images import estimate_object_size, load_canvases
 from multi_mnist import DataError, Scenes, digest, load_split
 from training.parallel import Processes, launched
-from training.run import RunError
+from training.run import UsageError
 
 MARGIN = 1.15  # How much longer a window is than an object.
 
 
 def load_scenes(
-    data: Path | None,
-    data_dir: Path,
-    size: int | None,
-    invert: bool | None,
-    max_objects: int,
-    processes: Processes,
+    data: Path | None, data_dir: Path, size: int | None, invert: bool | None, max_objects: int, processes: Processes
 ) -> tuple[Scenes, Scenes, Scenes, str]:
     """Training, validation and test scenes, and the checksum of what they were taken from.
 
@@ -37,8 +31,6 @@ def load_scenes(
         scenes = *splits, digest(splits[0])
     if processes.local_rank == 0:
         processes.barrier()
-    if len(scenes[0].x) < processes.world_size:
-        raise RunError(f"too few images for {processes.world_size} processes: {len(scenes[0].x)}")
     return scenes
 
 
@@ -49,7 +41,7 @@ def load_own_scenes(path: Path, size: int | None, invert: bool | None, max_objec
     if n == 0:
         raise DataError(f"--data {path}: too few images to hold out a tenth: {len(scenes.x)}")
     if scenes.counts is not None and (most := scenes.counts.max()) > max_objects:
-        raise RunError(f"--max-objects {max_objects}: there are images with {most} objects; give -t {most} or more")
+        raise UsageError(f"--max-objects {max_objects}: there are images with {most} objects; give -t {most} or more")
     parts = (
         Scenes(scenes.x[part], None if scenes.counts is None else scenes.counts[part])
         for part in (slice(None, -n), slice(-n, None))
@@ -61,17 +53,14 @@ def evaluation_scenes(
     data: Path | None, data_dir: Path, invert: bool | None, checkpoint: dict, size: int
 ) -> tuple[str, Scenes]:
     """What --eval-only evaluates on, and what that is called: all images of `data`, or the run's test scenes."""
-    trained_on = checkpoint["flags"]["data"]
+    flags = checkpoint["flags"]
     if data:
         return "data", own_canvases(data, size, invert)
-    if not trained_on:
+    if not flags["data"]:
         return "test", load_split("test", data_dir)
-    if not Path(trained_on).exists():
-        raise RunError(f"no such file or folder: {trained_on}, where the run's images were; --data names others")
-    flags = checkpoint["flags"]
-    _, scenes, sha256 = load_own_scenes(Path(trained_on), size, flags["invert"], flags["max_objects"])
+    _, scenes, sha256 = load_own_scenes(Path(flags["data"]), size, flags["invert"], flags["max_objects"])
     if sha256 != checkpoint["data_sha256"]:
-        raise RunError(f"{trained_on} has other images than the run was trained on: evaluate on all, with --data")
+        raise UsageError(f"{flags['data']} has other images than the run was trained on: evaluate on all, with --data")
     return "test", scenes
 
 
@@ -97,13 +86,8 @@ def pose_prior(x: np.ndarray, object_size: float | None) -> dict:
     elif length < 1:
         length *= size
     if length * MARGIN > size:
-        raise RunError(f"--object-size {object_size}: with a margin, that is larger than the canvas of {size} pixels")
+        raise UsageError(f"--object-size {object_size}: with a margin, that is larger than the canvas of {size} pixels")
     if launched()[1] == 0:
         print(f"objects are taken to be about {length:.0f} of {size} pixels long (--object-size)", file=sys.stderr)
     s = size / (MARGIN * length)
     return {"z_where_loc": (s, 0.0, 0.0), "z_where_scale": (s / 15, s / 3, s / 3)}
-
-
-def check_size(scenes: Scenes, air: AIR) -> None:
-    if (size := scenes.x.shape[1]) != air.image_size:
-        raise RunError(f"images are {size} pixels wide or high, the model's canvas is {air.image_size}")

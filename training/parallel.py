@@ -7,15 +7,12 @@ the whole mini-batch.
 
 import os
 import signal
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.utils import get_total_norm
 
-# How long the others wait for the main process while it evaluates, draws and writes. (torchrun itself sees
-# at once if a process has ended, and ends the others.)
-TIMEOUT = timedelta(hours=1)
+from multi_mnist import one_line
 
 
 class ProcessLost(Exception):
@@ -44,9 +41,7 @@ class Processes:
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.deterministic = True  # A run is resumed to the bit.
-            # A lost process then raises an error here; otherwise PyTorch would abort without a word of ours.
-            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-        self._call(dist.init_process_group, "nccl" if cuda else "gloo", None, TIMEOUT)
+        self._call(dist.init_process_group, "nccl" if cuda else "gloo")
         self.barrier()
 
     def _call(self, collective, *args) -> None:
@@ -60,8 +55,7 @@ class Processes:
             collective(*args)
         except RuntimeError as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it; first, the reason.
-            reason = str(error).splitlines()[0].split(". This is typically")[0]
-            raise ProcessLost(f"another process of the job is lost ({reason})") from None
+            raise ProcessLost(f"another process of the job is lost: {one_line(error)}") from None
 
     def barrier(self) -> None:
         """Wait for all others to come here as well."""

@@ -9,7 +9,6 @@ import platform
 import re
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,16 +22,16 @@ from tqdm import tqdm
 
 from air import AIR
 from evaluation import ReferenceStats
-from multi_mnist import one_line
-from training.checkpoint import CheckpointError, read_reference, save_checkpoint, write_file
+from multi_mnist import DataError, one_line
+from training.checkpoint import read_reference, save_checkpoint, write_file
 from training.parallel import Processes
 
 # Ctrl-C, and what schedulers, terminals and resource limits send.
-STOP_SIGNALS = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+STOP_SIGNALS = [getattr(signal, name) for name in "SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGXCPU".split()]
 
 
-class RunError(Exception):
-    """A run cannot begin or go on in this folder; the message says why."""
+class UsageError(Exception):
+    """What the flags ask for cannot be done; the message says why."""
 
 
 @dataclass
@@ -48,47 +47,43 @@ class State:
         return self.step % every == 0 or self.step == num_steps
 
 
+# ------------------------------------------------------------------------------------------ the folder
+
+
 @contextmanager
 def claim(folder: Path, resumes: bool) -> Iterator[None]:
     """Within it, no other run writes to the folder, which is made if it is not there.
 
     What is in the folder has to be read within it: before, another run may still change it.
-    Raises RunError if another run has it, or if there are files in it although no run `resumes` there.
+    Raises UsageError if another run has it, or if there are files in it although no run `resumes` there.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    made, lock = not folder.exists(), FileLock(folder / ".lock")
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            made = False
-            raise RunError(f"another process is training in {folder}") from None
-        except OSError as error:
-            raise RunError(f"{folder} cannot be locked: {error.strerror or error}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"another process is training in {folder}") from None
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written to: {error.strerror or error}") from None
+    try:
         if not resumes and has_files(folder):
-            raise RunError(f"{folder} already exists and is not empty: another run began there meanwhile")
-        for half_written in folder.glob(".*.[0-9]*"):  # by a process that was killed
-            half_written.unlink()
+            raise UsageError(f"{folder} already exists and is not empty: another run began there meanwhile")
         yield
     finally:
         if made and not has_files(folder):  # It failed before it began.
-            (folder / ".lock").unlink(missing_ok=True)
+            (folder / ".lock").unlink()
             folder.rmdir()
         lock.release()
 
 
 def has_files(folder: Path) -> bool:
     """Whether there is anything in it but the lock, and what a run that was killed had not finished writing."""
-    return folder.exists() and any(file.name[0] != "." for file in folder.iterdir())
+    return folder.is_dir() and any(file.name[0] != "." for file in folder.iterdir())
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether there is a config.json of ours."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).keys() >= {"flags", "air", "versions"}
-    except (OSError, ValueError, AttributeError):
-        return False
+    """Whether a run has written its first files there."""
+    return (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
 
 
 def begin(
@@ -96,16 +91,14 @@ def begin(
 ) -> State:
     """Where a run begins: at step 0, or where the checkpoint at `load` was. Writes the first files of its folder.
 
-    Raises CheckpointError or RunError, before anything is changed, if the checkpoint cannot be resumed.
+    Raises DataError or UsageError, before anything is changed, if the checkpoint cannot be resumed.
     """
-    state, has_stream = State(), processes.is_main
-    if checkpoint:
-        state, has_stream = resume(checkpoint, load, optimizer, processes)
+    state, has_stream = resume(checkpoint, load, optimizer, processes) if checkpoint else (State(), processes.is_main)
     if not has_stream:
         stream = np.random.SeedSequence([flags["seed"], processes.rank, state.step])
         torch.manual_seed(int(stream.generate_state(1)[0]))
     if len(processes.all_gather(torch.tensor([state.step])).unique()) > 1:
-        raise RunError("the machines' checkpoints are of different steps: copy the run's folder to all of them")
+        raise UsageError("the machines' checkpoints are of different steps: copy the run's folder to all of them")
     if processes.is_main:
         lines = read_metrics(load.parent) if load else []
         lines = [json.dumps(line) for line in lines if line["step"] <= state.step and line["split"] != "test"]
@@ -132,7 +125,7 @@ def save(folder: Path, air: AIR, optimizer, state: State, processes: Processes, 
 def resume(checkpoint: dict, path: Path, optimizer, processes: Processes) -> tuple[State, bool]:
     """Progress, optimizer and random numbers as they were; and whether this process has such random numbers.
 
-    It has not where the number of processes or the kind of device was another. Raises CheckpointError.
+    It has not where the number of processes or the kind of device was another. Raises DataError.
     """
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -148,7 +141,7 @@ def resume(checkpoint: dict, path: Path, optimizer, processes: Processes) -> tup
                 torch.cuda.set_rng_state(cuda_rng[processes.rank].clone())
         state = State(int(checkpoint["step"]), float(checkpoint["seconds"]), read_reference(checkpoint, path))
     except Exception as error:  # Whatever goes wrong, the file is at fault.
-        raise CheckpointError(f"{path} cannot be resumed: {one_line(error)}") from None
+        raise DataError(f"{path} cannot be resumed: {one_line(error)}") from None
     return state, has_stream
 
 
@@ -173,16 +166,10 @@ def record(folder: Path, split: str, state: State, metrics: dict) -> dict:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl in a run's folder, if there is one. Raises RunError if it is damaged."""
+    """The lines of metrics.jsonl in a run's folder, if there is one."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
-    try:
-        parsed = [json.loads(line) for line in lines if line.endswith("\n")]  # A line cut short is not one.
-        if not all(isinstance(line["split"], str) and isinstance(line["step"], int) for line in parsed):
-            raise ValueError("a line without split and step")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {error}") from None
-    return parsed
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # A line cut short is not one.
 
 
 # ----------------------------------------------------------------------------- the loop, and its end
@@ -207,24 +194,17 @@ def progress_bar(state: State, num_steps: int, processes: Processes) -> Iterator
 
 @contextmanager
 def stop_signals(processes: Processes) -> Iterator[None]:
-    """Within it, the signals that stop a run are only noted, in `processes`; those that are ignored stay so.
-
-    (In a thread that is not the main one, they are left alone: Python does not let it handle signals.)
-    """
+    """Within it, the signals that stop a run are only noted, in `processes`; those that are ignored stay so."""
 
     def note(number, frame):
         processes.stop_signal = signal.Signals(number)
 
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.getsignal(number) for number in signal.Signals if number.name in STOP_SIGNALS}
-        handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
-    for number in handlers:
-        signal.signal(number, note)
+    noted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    earlier = [signal.signal(number, note) for number in noted]
     try:
         yield
     finally:
-        for number, handler in handlers.items():
+        for number, handler in zip(noted, earlier):
             signal.signal(number, handler)
 
 
