@@ -17,6 +17,7 @@ the canvas does not explain yet, and has no memory (see `modules.py`). Other dif
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pyro
@@ -30,6 +31,7 @@ from modules import (
     Decoder,
     Encoder,
     ImageLSTM,
+    Look,
     ResidualAttention,
     RNNAttention,
     Step,
@@ -168,8 +170,16 @@ class AIR(nn.Module):
                 del store[name]
         pyro.module("air", self)
 
-    def model(self, x: Tensor | None = None, num_scenes: int = 1, max_objects: int | None = None) -> Tensor:
+    def model(
+        self,
+        x: Tensor | None = None,
+        num_scenes: int = 1,
+        max_objects: int | None = None,
+        canvas: Tensor | None = None,
+    ) -> Tensor:
         """Sample `p(x, z)`: `num_scenes` scenes `[n, h, h]`; or, given the images `x`, be its density there.
+
+        canvas: what is painted already, `[n, h, h]`; nothing, if not given.
 
         Given x, "x" itself has no part in the density (it is masked). With `ll_k` the log-likelihood of `x` given the
         canvas after k objects, and c the count, we write instead
@@ -186,7 +196,8 @@ class AIR(nn.Module):
             for t in range(max_objects):
                 choices.append(self.prior_step(t, max_objects, z_pres, n))
                 z_pres = choices[-1][0]
-            canvases = [self.z_where_loc.new_zeros(n, self.image_size, self.image_size)]
+            empty = self.z_where_loc.new_zeros(n, self.image_size, self.image_size)
+            canvases = [empty if canvas is None else canvas]
             for _, z_where, z_what in choices:
                 canvases.append(canvases[-1] + self.paint(z_where, z_what))
             counts = sum(z_pres for z_pres, _, _ in choices).long()
@@ -210,16 +221,16 @@ class AIR(nn.Module):
         seen = to_channels(x - canvas.detach(), x) if self.sees_residual else x[:, None]
         return image_to_object(z_where, seen, self.window_size)
 
-    def guide_step(self, t: int, x: Tensor, baseline_projection: Tensor | None, previous: Slot) -> Slot:
+    def guide_step(self, t: int, x: Tensor, look: Look, baseline_projection: Tensor | None, previous: Slot) -> Slot:
         """Sample `q(z_pres_t, z_where_t, z_what_t | x, earlier steps)`, by attending to one place in `x`."""
         z_where, z_what, canvas = previous.z_where, previous.z_what, previous.canvas
-        logit, loc, scale, state = self.attend(Step(x, canvas, z_where, z_what, previous.state))
+        logit, loc, scale, state = self.attend(Step(x, canvas, z_where, z_what, previous.state, look))
         z_pres_prob = torch.sigmoid(logit)
         if self.training:
             z_pres_prob = self.exploration + (1 - 2 * self.exploration) * z_pres_prob
 
         baseline_state, options = None, {}
-        if self.baseline is not None:
+        if baseline_projection is not None:
             # Detached: the baseline's own loss must not train the guide.
             inputs = torch.cat([z_where, z_what], -1).detach()
             value, baseline_state = self.baseline(baseline_projection, inputs, previous.baseline_state)
@@ -237,25 +248,37 @@ class AIR(nn.Module):
         canvas = canvas + self.paint(z_where, z_what)
         return Slot(state, baseline_state, z_pres_prob, z_pres, z_where, z_what, z_what_mean, canvas)
 
-    def guide(self, x: Tensor, max_objects: int | None = None, look: int = 0) -> list[Slot]:
-        """Sample `q(z | x)` for images `[n, h, h]`; returns the steps. `look` is explained at `inference.infer`."""
+    def guide(
+        self,
+        x: Tensor,
+        max_objects: int | None = None,
+        canvas: Tensor | None = None,
+        looks: Sequence[Look] = (),
+    ) -> list[Slot]:
+        """Sample `q(z | x)` for images `[n, h, h]`; returns the steps.
+
+        canvas: what is painted already, `[n, h, h]`; nothing, if not given. looks: where the residual guide looks at
+        each step, if not at the peaks. Having no memory, it may begin with any canvas, and look anywhere.
+        """
         n = len(x)
-        baseline_projection = self.baseline and self.baseline.rnn.project_image(x)
+        baseline = self.baseline if canvas is None else None  # It predicts what is gained from an empty canvas on.
+        baseline_projection = baseline and baseline.rnn.project_image(x)
         slots = [
             Slot(
-                state=self.attend.init_state(x, look),
-                baseline_state=self.baseline and self.baseline.rnn.init_state(n),
+                state=self.attend.init_state(x),
+                baseline_state=baseline and baseline.rnn.init_state(n),
                 z_pres_prob=x.new_ones(n),
                 z_pres=x.new_ones(n),
                 z_where=x.new_zeros(n, 3),
                 z_what=x.new_zeros(n, self.z_what_size),
                 z_what_mean=x.new_zeros(n, self.z_what_size),
-                canvas=torch.zeros_like(x),
+                canvas=torch.zeros_like(x) if canvas is None else canvas,
             )
         ]
         with pyro.plate("scenes", n, dim=-1, device=x.device):
             for t in range(max_objects or self.max_objects):
-                slots.append(self.guide_step(t, x, baseline_projection, slots[-1]))
+                look = looks[t] if looks else Look()
+                slots.append(self.guide_step(t, x, look, baseline_projection, slots[-1]))
         return slots[1:]
 
 

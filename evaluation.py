@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from air import AIR
 from images import largest_component_length
-from inference import LOOKS, Inference, check_canvases, explain, infer, log_importance_weight, traces
+from inference import MOVES, Inference, check_canvases, explain, infer, log_weight, traces
 from multi_mnist import Scenes
 
 # Of the canvases of a batch, 500 of multi-MNIST's scenes with T = 3: all that is painted then takes about 200 MB.
@@ -27,6 +27,7 @@ class ReferenceStats(NamedTuple):
     per_object: float
     explained: float  # the least share of ink explained, see `Inference`
     largest_component: float  # pixels, see `images.largest_component_length`
+    temperature: float | None  # of `Inference.count_probs`, see `calibrate`; None if there was too little to learn from
 
 
 class Evaluation(NamedTuple):
@@ -42,32 +43,31 @@ def evaluate(
     air: AIR,
     scenes: Scenes,
     max_objects: int | None = None,
-    several_looks: bool = False,
+    measure_search: bool = False,
+    temperature: float | None = None,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Count accuracy, ELBO and the like on `scenes`, one sample of the guide per image.
 
     max_objects: T, the most objects that can be found, if not as many as in training.
-    several_looks: whether to measure the accuracy of the best of several looks as well, see `inference.infer`; not
-        done for the RNN guide, for which they are all the same.
+    measure_search: whether `inference.explain` is measured as well, with at most `max_objects` objects.
+    temperature: of its probabilities, which are measured if it is given.
     With its own random numbers: whether and when it is called does not change a training run.
 
     The metrics are the part of a line of metrics.jsonl that is measured here, see docs/dashboard.md; baseline_r2 is of
     the first batch. What needs true counts, or the RNN baseline, is None if there are none.
     """
-    max_objects = max_objects or air.max_objects
+    at_most, max_objects = max_objects, max_objects or air.max_objects
     batch_size = batch_size or default_batch_size(air, max_objects)
     with seeded_rng(air.z_where_loc.device, seed):
-        batches, best, first = [], [], []
+        batches, first = [], []
         for start in range(0, len(scenes.x), batch_size):
             x = scenes.x[start : start + batch_size]
             seen = infer(air, x, max_objects=max_objects)
-            batches.append((seen.counts, seen.q_count.argmax(-1), seen.log_weight, seen.boxes))
+            batches.append((seen.counts, seen.count_evidence.argmax(-1), seen.log_weight, seen.boxes))
             if start < KEPT_WHOLE:
                 first.append([part[: KEPT_WHOLE - start].cpu().numpy() for part in seen])
-            if several_looks and air.sees_residual:
-                best.append(infer(air, x, False, max_objects, LOOKS).counts)
         r2 = None if air.baseline is None else baseline_r2(air, check_canvases(air, scenes.x[:batch_size]))
     counts, modes, elbo, boxes = (torch.cat(parts).cpu().numpy() for parts in zip(*batches))
     metrics = {
@@ -75,7 +75,9 @@ def evaluate(
         "elbo": float(elbo.mean(dtype=np.float64)),
         "count_accuracy": None,
         "count_accuracy_mode": None,
-        "count_accuracy_looks": None,
+        "count_accuracy_search": None,
+        "calibration_error": None,
+        "sure_but_wrong": None,
         "confusion": None,
         "last_step_rate": float((counts == max_objects).mean()),
         "baseline_r2": r2,
@@ -85,23 +87,87 @@ def evaluate(
         np.add.at(confusion, (scenes.counts, counts), 1)
         metrics["count_accuracy"] = float((counts == scenes.counts).mean())
         metrics["count_accuracy_mode"] = float((modes == scenes.counts).mean())
-        if best:
-            metrics["count_accuracy_looks"] = float((torch.cat(best).cpu().numpy() == scenes.counts).mean())
+        if measure_search:
+            metrics |= search_metrics(search(air, scenes.x, at_most), scenes.counts, temperature)
         metrics["confusion"] = confusion.tolist()
     return Evaluation(metrics, counts, boxes, Inference(*map(np.concatenate, zip(*first))))
 
 
+def search(air: AIR, x: np.ndarray, max_objects: int | None = None, moves: int = MOVES) -> Inference:
+    """`inference.explain` on canvases `x` `[n, h, h]`, without what takes much memory: only the fields up to z_where."""
+    bar, parts = tqdm(total=len(x), desc="searching", unit="image", leave=False, delay=2), []
+    for start in range(0, len(x), 160):
+        parts.append(explain(air, x[start : start + 160], max_objects, moves)[:5])
+        bar.update(len(parts[-1][0]))
+    bar.close()
+    return Inference(*map(torch.cat, zip(*parts)), *[None] * (len(Inference._fields) - 5))
+
+
+def search_metrics(seen: Inference, counts: np.ndarray, temperature: float | None) -> dict:
+    """Accuracy of the best explanations, and, with a temperature, whether the probabilities of counts can be believed.
+
+    calibration_error: the expected calibration error of the most probable count, in ten equal bins of its probability.
+    sure_but_wrong: the share of all images whose count is wrong although its probability is above 0.99.
+    """
+    metrics = {"count_accuracy_search": float((seen.counts.cpu().numpy() == counts).mean())}
+    if temperature is not None:
+        probs, guess = (part.cpu().numpy() for part in seen.count_probs(temperature).max(-1))
+        right, bins = guess == counts, np.minimum((probs * 10).astype(int), 9)
+        gaps = [abs((right[bins == i] - probs[bins == i].astype(float)).sum()) for i in range(10)]
+        metrics["calibration_error"] = float(sum(gaps) / len(counts))
+        metrics["sure_but_wrong"] = float((~right & (probs > 0.99)).mean())
+    return metrics
+
+
+def calibrate(seen: Inference, counts: np.ndarray) -> float:
+    """The temperature with which the probabilities of the true counts `[n]` have the largest likelihood.
+
+    The evidence is too sure of itself: it takes pixels for independent, and they are wrong together.
+    """
+    temperatures, true = np.geomspace(0.5, 50, 100), torch.from_numpy(counts).to(seen.counts)
+    # A count that no explanation had is as unlikely as it can be said.
+    log_probs = [
+        seen.count_probs(t).clamp(min=1e-4).log().take_along_dim(true[:, None], 1).mean() for t in temperatures
+    ]
+    return float(temperatures[torch.stack(log_probs).argmax().item()])
+
+
+def recombine(x: np.ndarray, counts: np.ndarray, n: int = 600, most: int = 5, seed: int = 0) -> Scenes:
+    """Scenes of known counts, 0 to `most`, equally often, without labels: sums of images in which one object was found.
+
+    x: canvases, uint8 `[m, h, h]`; counts: what was found on them, `[m]`. As with MNIST's scenes, no pixel exceeds
+    white. Raises ValueError if there are too few images to choose from, or they hardly ever fit.
+    """
+    singles, rng, scenes = x[counts == 1], np.random.default_rng(seed), []
+    if len(singles) < 20:
+        raise ValueError(f"one object was found in {len(singles)} of {len(x)} images, too few to recombine")
+    true = np.arange(n) % (most + 1)
+    for count in true:
+        for _ in range(1000):
+            scene = singles[rng.choice(len(singles), count, replace=False)].sum(0, dtype=int)
+            if scene.max() <= 255:
+                break
+        else:
+            raise ValueError(f"{count} objects do not fit on a canvas of {x.shape[1]} pixels without overlapping")
+        scenes.append(scene.astype(np.uint8))
+    return Scenes(np.stack(scenes), true)
+
+
 def reference_stats(air: AIR, x: np.ndarray) -> ReferenceStats:
     """What is ordinary, measured on canvases `x` `[n, h, h]`, uint8, in the way in which predict.py looks at images."""
-    batches = [explain(air, x[start : start + 100]) for start in range(0, len(x), 100)]
-    parts = [(seen.counts, seen.log_weight, seen.explained) for seen in batches]
-    counts, log_weight, explained = (torch.cat(part).cpu().numpy() for part in zip(*parts))
-    return bounds(counts, log_weight, explained, largest_component_length(x))
+    seen = search(air, x)
+    counts, log_weight, explained = (part.cpu().numpy() for part in (seen.counts, seen.log_weight, seen.explained))
+    try:
+        scenes = recombine(x, counts)
+        temperature = calibrate(search(air, scenes.x), scenes.counts)
+    except ValueError:
+        temperature = None
+    return ReferenceStats(*bounds(counts, log_weight, explained, largest_component_length(x)), temperature)
 
 
 def bounds(
     counts: np.ndarray, log_weight: np.ndarray, explained: np.ndarray, largest_component: np.ndarray
-) -> ReferenceStats:
+) -> tuple[float, float, float, float]:
     """The bounds that all but a few scenes are within, given of each what `ReferenceStats` is about, `[n]` each."""
     shares = np.bincount(counts) / len(counts)
     # Scenes without any object do not tell what one costs, nor do a few with a count that they should not have.
@@ -111,7 +177,7 @@ def bounds(
     slope = np.polyfit(kinds, middles, 1)[0] if len(kinds) > 1 else 0.0
     start = np.quantile((log_weight - slope * counts)[counts >= min(kinds)], RARE)
     share, length = np.quantile(explained, RARE), np.quantile(largest_component, 1 - RARE)
-    return ReferenceStats(float(start), float(slope), float(share), float(length))
+    return float(start), float(slope), float(share), float(length)
 
 
 def out_of_distribution(
@@ -147,7 +213,7 @@ def importance_bound(air: AIR, scenes: Scenes, samples: int = 100, seed: int = 0
             range(0, len(scenes.x), batch_size), "importance weights", unit_scale=batch_size, leave=False
         ):
             x = check_canvases(air, scenes.x[start : start + batch_size])
-            log_weights = torch.stack([log_importance_weight(air, x)[1] for _ in range(samples)])
+            log_weights = torch.stack([log_weight(*traces(air, x)) for _ in range(samples)])
             bounds.append(log_weights.logsumexp(0).cpu() - math.log(samples))
     return torch.cat(bounds).numpy()
 

@@ -1,28 +1,40 @@
-"""What is on canvases: the guide proposes, and of several proposals the model decides which explains an image best."""
+"""What is on canvases: the guide proposes, the model decides.
 
+One run of the guide (`infer`) is what training needs and what the literature reports. It gets one try: a window that it
+lays across two objects stays there. The model can tell that this explains the image badly, so `explain` asks it, again
+and again: objects are taken off, the guide proposes others for what is then left, and what has more evidence is kept.
+"""
+
+import math
 import warnings
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pyro.distributions as dist
+import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from tqdm import tqdm
 
 from air import AIR, MAX_OBJECTS, Slot
-from modules import image_to_object, pose_to_box
+from modules import Look, image_to_object, pose_to_box, pose_to_place
 
-LOOKS = 5  # at an image that pay; the RNN guide would see the same again
+MOVES = 100  # at most, for an image
+PATIENCE = 5  # An image is done after this many moves without gain, for each of its objects and one more.
 MOST_OBJECTS = 8  # that are looked for, if not more in training: the residual guide finds more than it was shown
+PRICE = 12.0  # The prior on the count is p(n) ~ exp(-PRICE * n): strict, as in training.
+TAKEN_OFF = 0.4  # the chance that an object is, where any may be
+JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
+TOGETHER = 32  # Images are always computed in groups of so many: the last digits depend on it.
 
 
 class Inference(NamedTuple):
     """What AIR sees in `n` images. A step t was used where `t < counts`."""
 
     counts: Tensor  # int64 [n], the number of objects
-    q_count: Tensor  # [n, T + 1], q(number of objects) given these poses and codes; no calibrated probability
+    count_evidence: Tensor  # [n, T + 1], nats; `infer`: log q(count), `explain`: the most evidence seen for each count
     log_weight: Tensor  # [n], log p(x, z) - log q(z | x) in nats; of one sample each, its mean is the ELBO
     explained: Tensor  # [n], the share of the image's ink (its squared pixels) that the reconstruction accounts for
     z_where: Tensor  # [n, T, 3], poses [s, x, y]; see modules.py for their units
@@ -34,67 +46,263 @@ class Inference(NamedTuple):
     canvases: Tensor  # [n, T + 1, h, h], the reconstruction with 0, 1, .. T objects
     reconstruction: Tensor  # [n, h, h], the one with `counts` objects
 
+    def count_probs(self, temperature: float = 1.0) -> Tensor:
+        """The probability of each count, `[n, T + 1]`; `evaluation.calibrate` says which temperature to take."""
+        return torch.softmax(self.count_evidence / temperature, -1)
+
+
+class Explanation(NamedTuple):
+    """One set of objects for each of `n` images, the first `counts` of T; and what was learned on the way to it."""
+
+    counts: Tensor  # int64 [n]
+    z_where: Tensor  # [n, T, 3]
+    z_what: Tensor  # [n, T, z_what_size]
+    z_what_mean: Tensor  # [n, T, z_what_size]
+    painted: Tensor  # [n, T, h, h]
+    weight: Tensor  # [n, T], log p(z_where_t, z_what_t) - log q(z_where_t, z_what_t) - PRICE
+    evidence: Tensor  # [n], log p(x | z) and the sum of weights
+    count_evidence: Tensor  # [n, T + 1], the most evidence of all explanations with so many objects
+    idle: Tensor  # int64 [n], moves since the evidence last grew by more than a nat
+
 
 @torch.no_grad()
-def infer(
-    air: AIR, x: Tensor | np.ndarray, sample: bool = True, max_objects: int | None = None, looks: int = 1
-) -> Inference:
-    """What is on the canvases `x` `[n, h, h]`, floats in [0, 1] or uint8, light on black (`images.to_canvases`).
-
-    sample: whether to sample the guide, as the literature does to report accuracy, or to take at each
-        choice what it holds most probable (see `MostProbable`).
-    max_objects: T, the most objects that can be found, if not as many as in training.
-    looks: how many times to look at each image; what explains it best, with the largest `log_weight`, is kept.
-        The residual guide looks at slightly other places each time, which mends many of its mistakes.
-
-    Raises ValueError for what cannot be such canvases.
-    """
-    if max_objects is not None and not 1 <= max_objects <= MAX_OBJECTS:
-        raise ValueError(f"max_objects must be from 1 to {MAX_OBJECTS}, not {max_objects}")
-    if looks < 1:
-        raise ValueError(f"looks must be at least 1, not {looks}")
-    x = check_canvases(air, x)
-    kept = None
-    for look in range(looks):
-        with nullcontext() if sample else MostProbable():
-            slots, log_weight = log_importance_weight(air, x, max_objects, look)
-        names = ("z_pres_prob", "z_pres", "z_where", "z_what", "z_what_mean", "canvas")
-        seen = [log_weight, *(torch.stack([getattr(slot, name) for slot in slots], 1) for name in names)]
-        kept = kept or seen
-        better = log_weight > kept[0]
-        kept = [torch.where(better.view(-1, *[1] * (part.dim() - 1)), new, part) for part, new in zip(kept, seen)]
-    log_weight, z_pres_prob, z_pres, z_where, z_what, z_what_mean, canvases = kept
-    canvases = torch.cat([torch.zeros_like(x)[:, None], canvases], 1)
-    counts = z_pres.sum(1).long()
-    reconstruction = canvases[torch.arange(len(x), device=x.device), counts]
-    error, ink = ((part**2).sum((1, 2)) for part in (x - reconstruction, x))
+def infer(air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None) -> Inference:
+    """What one sample of the guide finds on the canvases `x`; see `explain` for the arguments and errors."""
+    x, most = check_canvases(air, x), max_objects or air.max_objects
+    guide, model = traces(air, x, most)
+    slots = guide.nodes["_RETURN"]["value"]
+    p, z_pres, z_where, z_what, z_what_mean, _ = by_step(slots)
     # q(n) = (more, n times) * (then no more); after T steps it is over for sure.
-    ones = torch.ones_like(z_pres_prob[:, :1])
-    return Inference(
-        counts=counts,
-        q_count=torch.cat([ones, z_pres_prob.cumprod(1)], 1) * torch.cat([1 - z_pres_prob, ones], 1),
-        log_weight=log_weight,
-        explained=1 - (error / ink.clamp(min=1e-6)).clamp(max=1),
-        z_where=z_where,
-        z_what=z_what,
-        z_what_mean=z_what_mean,
-        boxes=pose_to_box(z_where, air.image_size),
-        x_att=torch.stack([image_to_object(pose, x[:, None], air.window_size)[:, 0] for pose in z_where.unbind(1)], 1),
-        y_att=torch.stack([air.decode(code) for code in z_what.unbind(1)], 1),
-        canvases=canvases,
-        reconstruction=reconstruction,
+    ones = torch.ones_like(p[:, :1])
+    q_count = torch.cat([ones, p.cumprod(1)], 1) * torch.cat([1 - p, ones], 1)
+    codes = z_where, z_what, z_what_mean
+    return describe(air, x, z_pres.sum(1).long(), q_count.log(), log_weight(guide, model), *codes)
+
+
+@torch.no_grad()
+def explain(
+    air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None, moves: int = MOVES, seed: int = 0, bar=None
+) -> Inference:
+    """The best explanation that was found of the canvases `x` `[n, h, h]`, floats in [0, 1] or uint8, light on black
+    (`images.to_canvases` makes them so).
+
+    An explanation is a set of objects z; its evidence is
+    `log p(x | z) + sum_t (log p(z_t) - log q(z_t) - PRICE)`: an importance weight, which compares explanations with
+    different numbers of objects. A search goes through explanations, from that of the greedy guide on (`moves=0`). A
+    move takes some objects off, lets the guide propose two for the canvas that remains, then each of the two again,
+    now that the other is known. Of what this gives, and what there was, it keeps what has the most evidence.
+    What is taken off, and where the guide then looks, is one of four, in turn:
+
+    1. each object with a chance of TAKEN_OFF; at the peaks of the residual, or a little beside them, as in 2 and 3;
+    2. an object and its nearest neighbour; at the peaks;
+    3. the same; at their own places;
+    4. one object; on both sides of its place. This finds two objects that lie under one window.
+
+    max_objects: T, the most objects that can be found (None: MOST_OBJECTS, or those of training if more).
+    moves: how many at most; an image that nothing was gained for in a while is done before, see PATIENCE.
+    seed: of the chances above, which are the same for all images: what is found in one does not depend on others.
+    bar: the name of a progress bar to show.
+
+    It is a search, not a sampler: `q(z_t)` is the density with which an object was proposed, on the canvas of that
+    time; moves that lose evidence are never made; and one draw of the codes' noise stands for all. The idea of
+    inferring a few objects again, given the others, is that of amortized population Gibbs (Wu et al., ICML 2020).
+    The RNN guide has a memory, and cannot begin from any canvas: a move is one more sample of all objects.
+    Raises ValueError for what cannot be canvases.
+    """
+    most = max_objects or (max(MOST_OBJECTS, air.max_objects) if air.sees_residual else air.max_objects)
+    if most > MAX_OBJECTS or moves < 0:
+        raise ValueError(f"max_objects is at most {MAX_OBJECTS}, and moves at least 0")
+    x, rng = check_canvases(air, x), torch.Generator().manual_seed(seed)
+    code_noise = torch.randn(air.z_what_size, generator=rng).to(x)
+    groups = padded(torch.arange(len(x), device=x.device))
+    parts = [whole(air, x[group], most, Given(code_noise)) for group in groups]
+    found = Explanation(*(torch.cat(part)[: len(x)] for part in zip(*parts)))
+    for move in tqdm(range(moves), bar, leave=False, delay=2, disable=None if bar else True):
+        todo = (found.idle < PATIENCE * (1 + found.counts)).nonzero()[:, 0]
+        if not len(todo):
+            break
+        # Drawn for all images, whatever becomes of each.
+        uniform, noise = torch.rand(most + 3, generator=rng).to(x), torch.randn(most + 1, 3, generator=rng).to(x)
+        for group in padded(todo):
+            before = Explanation(*(part[group] for part in found))
+            if air.sees_residual:
+                kept, looks = take_off(before, move, uniform, noise, air.attend.usual_window)
+                after = propose_again(air, x[group], before, kept, looks, Given(code_noise, threshold=0.0))
+            else:
+                after = whole(air, x[group], most, Given(code_noise, noise, 1 - uniform))
+            for part, new in zip(found, keep_better(before, after)):
+                part[group] = new
+    shown = x, found.counts, found.count_evidence, found.evidence, found.z_where, found.z_what, found.z_what_mean
+    parts = [describe(air, *(part[group] for part in shown)) for group in groups]
+    return Inference(*(torch.cat(part)[: len(x)] for part in zip(*parts)))
+
+
+def padded(index: Tensor) -> list[Tensor]:
+    """Groups of TOGETHER; the last is filled up with its own first ones."""
+    return [group[torch.arange(TOGETHER, device=index.device) % len(group)] for group in index.split(TOGETHER)]
+
+
+def whole(air: AIR, x: Tensor, most: int, given: Messenger) -> Explanation:
+    """One run of the guide, from an empty canvas."""
+    counts, *objects, log_likelihood = propose(air, x, torch.zeros_like(x), most, (), given)
+    used = torch.arange(most, device=x.device) < counts[:, None]
+    evidence = log_likelihood[:, -1] + (objects[-1] * used).sum(1)
+    seen = x.new_full((len(x), most + 1), -math.inf).scatter(1, counts[:, None], evidence[:, None])
+    return Explanation(counts, *objects, evidence, seen, torch.zeros_like(counts))
+
+
+def take_off(found: Explanation, move: int, uniform: Tensor, noise: Tensor, window: float) -> tuple[Tensor, list[Look]]:
+    """Which objects stay, bool `[n, T]`, and where to look for two others: one of the four kinds of `explain`."""
+    slots, places = torch.arange(found.weight.shape[1], device=uniform.device), pose_to_place(found.z_where)
+    used = slots < found.counts[:, None]
+    one = (uniform[0] * found.counts).long()[:, None]
+    place = places.take_along_dim(one[..., None], 1)
+    pair = (places - place).norm(dim=-1).masked_fill(~used, math.inf).argsort(dim=1, stable=True)[:, :2]
+    kind, jitter = move % 4, JITTER * window * noise[:2, :2]
+    if kind == 0:
+        return used & (uniform[3:] > TAKEN_OFF), [Look(None, jitter[0]), Look(None, jitter[1])]
+    if kind == 3:
+        turn, reach = 2 * math.pi * uniform[1], window * (SPLIT[0] + (SPLIT[1] - SPLIT[0]) * uniform[2])
+        shift = reach * torch.stack([turn.cos(), turn.sin()])
+        return used & (slots != one), [Look(place[:, 0], shift), Look(place[:, 0], -shift)]
+    kept = used & (slots != pair[:, :1]) & (slots != pair[:, -1:])
+    if kind == 1:
+        return kept, [Look(None, jitter[0]), Look(None, jitter[1])]
+    return kept, [Look(places.take_along_dim(pair[:, i, None, None], 1)[:, 0], jitter[0]) for i in (0, -1)]
+
+
+def propose_again(
+    air: AIR, x: Tensor, found: Explanation, kept: Tensor, looks: list[Look], given: Messenger
+) -> Explanation:
+    """The best of what can be made of the objects that are kept and two that the guide proposes, see `explain`."""
+    canvas = (found.painted * kept[..., None, None]).sum(1)
+    _, *two, log_likelihood = propose(air, x, canvas, 2, looks, given)
+    z_where, painted = two[0], two[3]
+    again, log_likelihoods = [], [log_likelihood]
+    for new, other in ((0, painted[:, 1]), (1, None)):
+        other = again[0][3][:, 0] if other is None else other
+        look = Look(pose_to_place(z_where[:, new]))
+        _, *one, log_likelihood = propose(air, x, canvas + other, 1, [look], given)
+        again.append(one)
+        log_likelihoods.append(log_likelihood[:, 1:])
+    # Of the two, and the two again: none, the first, both, the first again and the second, both again.
+    choices = [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    choices = torch.tensor(choices, dtype=torch.bool, device=x.device).expand(len(x), -1, -1)
+    used = torch.cat([kept[:, None].expand(-1, 5, -1), choices], -1)
+    objects = [torch.cat(parts, 1) for parts in zip(found[1:6], two, *again)]
+    counts, most = used.sum(-1), kept.shape[1]
+    evidence = torch.cat(log_likelihoods, 1) + (objects[-1][:, None] * used).sum(-1)
+    evidence = evidence.masked_fill(counts > most, -math.inf)
+    seen = x.new_full((len(x), most + 1), -math.inf)
+    seen = seen.scatter_reduce(1, counts.clamp(max=most), evidence, "amax")
+    best = evidence.argmax(1, keepdim=True)
+    used = used.take_along_dim(best[..., None], 1)[:, 0]
+    order = (~used).long().argsort(dim=1, stable=True)[:, :most]  # used ones first
+    objects = [part.take_along_dim(order.view(*order.shape, *[1] * (part.dim() - 2)), 1) for part in objects]
+    evidence = evidence.take_along_dim(best, 1)[:, 0]
+    return Explanation(used.sum(1), *objects, evidence, seen, torch.zeros_like(found.idle))
+
+
+def propose(air: AIR, x: Tensor, canvas: Tensor, most: int, looks: list[Look], given: Messenger) -> tuple[Tensor, ...]:
+    """What the guide finds on images `x` when `canvas` is painted already: for each the count, the fields of
+    `Explanation` from z_where to weight, and `log p(x | z)` after none, one, .. of the objects, `[n, most + 1]`."""
+    with given, pyro.validation_enabled(False):
+        guide, model = traces(air, x, most, canvas, looks)
+    _, z_pres, *objects, canvases = by_step(guide.nodes["_RETURN"]["value"])
+    painted = canvases - torch.cat([canvas[:, None], canvases[:, :-1]], 1)
+
+    def log_prob(trace: poutine.Trace, name: str) -> Tensor:
+        return torch.stack([trace.nodes[f"{name}_{t}"]["log_prob"] for t in range(most)], 1)
+
+    weight = sum(log_prob(model, name) - log_prob(guide, name) for name in ("z_where", "z_what")) - PRICE
+    gains = torch.cat([model.nodes["empty"]["log_prob"][:, None], log_prob(model, "gain")], 1)
+    return z_pres.sum(1).long(), *objects, painted, weight, gains.cumsum(1)
+
+
+def by_step(slots: list[Slot]) -> list[Tensor]:
+    """Some fields of the guide's steps, `[n, T, ..]` each."""
+    names = ("z_pres_prob", "z_pres", "z_where", "z_what", "z_what_mean", "canvas")
+    return [torch.stack([getattr(slot, name) for slot in slots], 1) for name in names]
+
+
+def keep_better(before: Explanation, after: Explanation) -> Explanation:
+    """For each image the explanation with more evidence, by a margin that rounding does not reach."""
+    gain = after.evidence - before.evidence
+    parts = [torch.where((gain > 1e-3).view(-1, *[1] * (new.dim() - 1)), new, old) for old, new in zip(before, after)]
+    return Explanation(*parts)._replace(
+        count_evidence=torch.maximum(before.count_evidence, after.count_evidence),
+        idle=torch.where(gain > 1, 0, before.idle + 1),
     )
 
 
-def explain(air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None) -> Inference:
-    """The best explanation that is known of the canvases `x`, without chance: what predict.py reports.
+class Given(Messenger):
+    """Within it nothing depends on chance: each choice takes what the noise that is given makes of it.
 
-    By several looks, and allowing more objects than in training, where the guide can do so.
+    The noise is the same for all images. Without any for poses, each is its mean. Codes always have some: the decoder
+    has learned to paint from noisy codes, not from their means.
     """
-    if not air.sees_residual:
-        return infer(air, x, sample=False, max_objects=max_objects)
-    most = max(MOST_OBJECTS, air.max_objects) if max_objects is None else max_objects
-    return infer(air, x, False, most, LOOKS)
+
+    def __init__(self, code_noise: Tensor, pose_noise: Tensor | float = 0.0, threshold: Tensor | float = 0.5):
+        super().__init__()
+        self.code_noise, self.pose_noise, self.threshold = code_noise, pose_noise, threshold
+
+    def _pyro_sample(self, msg):
+        kind, _, t = msg["name"].rpartition("_")
+        if msg["value"] is None and kind in ("z_pres", "z_where", "z_what"):
+            given = {"z_pres": self.threshold, "z_where": self.pose_noise, "z_what": self.code_noise}[kind]
+            given = given[int(t)] if torch.is_tensor(given) and kind != "z_what" else given
+            fn = msg["fn"]
+            msg["value"] = (fn.mean >= given).to(fn.mean) if kind == "z_pres" else fn.mean + fn.stddev * given
+
+
+@torch.no_grad()
+def traces(
+    air: AIR, x: Tensor, max_objects: int | None = None, canvas: Tensor | None = None, looks: Sequence[Look] = ()
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """A run of the guide, and the model replayed on it: their traces, with log-probabilities, as evaluated."""
+    training = air.training
+    air.eval()
+    try:
+        guide = poutine.trace(air.guide).get_trace(x, max_objects, canvas, looks)
+        model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x, 1, max_objects, canvas)
+    finally:
+        air.train(training)
+    guide.compute_log_prob()
+    model.compute_log_prob()
+    return guide, model
+
+
+def log_weight(guide: poutine.Trace, model: poutine.Trace) -> Tensor:
+    """`log p(x, z) - log q(z | x)` `[n]`, in nats, of `traces`."""
+    log_p, log_q = (
+        sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site) for trace in (model, guide)
+    )
+    return log_p - log_q
+
+
+def describe(
+    air: AIR, x: Tensor, counts: Tensor, count_evidence: Tensor, log_weight: Tensor, z_where: Tensor, *codes: Tensor
+) -> Inference:
+    """What these poses and codes mean for the canvases `x`; `codes` are z_what and z_what_mean."""
+    painted = torch.stack([air.paint(*step) for step in zip(z_where.unbind(1), codes[0].unbind(1))], 1)
+    canvases = torch.cat([torch.zeros_like(x)[:, None], painted.cumsum(1)], 1)
+    reconstruction = canvases[torch.arange(len(x), device=x.device), counts]
+    error, ink = ((part**2).sum((1, 2)) for part in (x - reconstruction, x))
+    crops = [image_to_object(pose, x[:, None], air.window_size)[:, 0] for pose in z_where.unbind(1)]
+    return Inference(
+        counts=counts,
+        count_evidence=count_evidence,
+        log_weight=log_weight,
+        explained=1 - (error / ink.clamp(min=1e-6)).clamp(max=1),
+        z_where=z_where,
+        z_what=codes[0],
+        z_what_mean=codes[1],
+        boxes=pose_to_box(z_where, air.image_size),
+        x_att=torch.stack(crops, 1),
+        y_att=torch.stack([air.decode(code) for code in codes[0].unbind(1)], 1),
+        canvases=canvases,
+        reconstruction=reconstruction,
+    )
 
 
 def check_canvases(air: AIR, x: Tensor | np.ndarray) -> Tensor:
@@ -111,49 +319,3 @@ def check_canvases(air: AIR, x: Tensor | np.ndarray) -> Tensor:
     if light.any():
         warnings.warn(f"{light.sum()} of {len(x)} canvases are not light on black: images.to_canvases makes them so")
     return x
-
-
-@torch.no_grad()
-def log_importance_weight(
-    air: AIR, x: Tensor, max_objects: int | None = None, look: int = 0
-) -> tuple[list[Slot], Tensor]:
-    """One run of the guide for the canvases `x`, and its `log p(x, z) - log q(z | x)` `[n]`, in nats."""
-    guide, model = traces(air, x, max_objects, look)
-    log_p, log_q = (
-        sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site) for trace in (model, guide)
-    )
-    return guide.nodes["_RETURN"]["value"], log_p - log_q
-
-
-@torch.no_grad()
-def traces(air: AIR, x: Tensor, max_objects: int | None = None, look: int = 0) -> tuple[poutine.Trace, poutine.Trace]:
-    """A run of the guide, and the model replayed on it: their traces, with log-probabilities, as evaluated."""
-    training = air.training
-    air.eval()
-    try:
-        guide = poutine.trace(air.guide).get_trace(x, max_objects, look)
-        model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x, max_objects=max_objects)
-    finally:
-        air.train(training)
-    guide.compute_log_prob()
-    model.compute_log_prob()
-    return guide, model
-
-
-class MostProbable(Messenger):
-    """Within it nothing depends on chance: a Bernoulli takes its likelier value, a pose its mean.
-
-    A code takes one fixed draw of its noise: the decoder has learned to paint from noisy codes, not from their means.
-    """
-
-    def _pyro_sample(self, msg):
-        fn = msg["fn"]
-        if msg["value"] is not None or not isinstance(fn, torch.distributions.Distribution):
-            return
-        if isinstance(fn, dist.Bernoulli):
-            msg["value"] = (fn.mean > 0.5).to(fn.mean)
-        elif msg["name"].startswith("z_what"):
-            noise = torch.randn(fn.event_shape, generator=torch.Generator().manual_seed(0))
-            msg["value"] = fn.mean + fn.stddev * noise.to(fn.mean)
-        else:
-            msg["value"] = fn.mean

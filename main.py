@@ -24,7 +24,7 @@ import torch
 from air import AIR
 from evaluation import evaluate, interval, reference_stats
 from training import run
-from training.checkpoint import build_air, read_checkpoint
+from training.checkpoint import build_air, read_checkpoint, read_reference
 from training.data import evaluation_scenes, load_scenes, pose_prior
 from training.options import one_line_errors, parse
 from training.parallel import Processes
@@ -109,7 +109,8 @@ def train(args, processes: Processes, resumes: bool) -> None:
                 pictures.show(air, "validation", validation_scenes)
             run.exit_on_signal(processes, args.out, state.step)
     if processes.is_main:
-        evaluation = evaluate(air, test_scenes, several_looks=True)
+        temperature = state.reference and state.reference.temperature
+        evaluation = evaluate(air, test_scenes, measure_search=True, temperature=temperature)
         result = run.record(args.out, "test", state, evaluation.metrics)
         pictures.show(air, "test", test_scenes, evaluation)
         print(summary(result, args.out))
@@ -120,7 +121,8 @@ def evaluate_only(args) -> dict:
     checkpoint, path = read_checkpoint(args.load)
     air = build_air(checkpoint, path).to("cuda" if args.cuda else "cpu")
     split, scenes = evaluation_scenes(args.data, args.data_dir, args.invert, checkpoint, air.image_size)
-    metrics = evaluate(air, scenes, args.max_objects, several_looks=True).metrics
+    reference = read_reference(checkpoint, path)
+    metrics = evaluate(air, scenes, args.max_objects, True, reference and reference.temperature).metrics
     return run.metrics_line(split, run.State(checkpoint["step"], checkpoint["seconds"]), metrics)
 
 
@@ -128,11 +130,14 @@ def summary(result: dict, folder: Path) -> str:
     """What a user wants to know at the end of a run."""
     images, minutes = result["images"], result["seconds"] / 60
     lines = [f"{images:,} held-out scenes, {result['step']:,} steps, {minutes:.1f} minutes of training"]
-    ways = {"": "one sample of the guide", "_mode": "its most probable count", "_looks": "the best of several looks"}
+    ways = {"": "one sample of the guide", "_mode": "its most probable count", "_search": "the search"}
     for name, way in ways.items():
         if (accuracy := result[f"count_accuracy{name}"]) is not None:
             low, high = interval(accuracy, images)
             lines.append(f"  count accuracy   {accuracy:.2%} (95% interval {low:.2%} to {high:.2%}), by {way}")
+    if result["calibration_error"] is not None:
+        error, wrong = result["calibration_error"], result["sure_but_wrong"]
+        lines.append(f"  its probability  is off by {error:.2%} on average; {wrong:.2%} are wrong although above 99%")
     lines.append(f"  ELBO             {result['elbo']:.1f} nats per image")
     lines.append(f"  last step used   in {result['last_step_rate']:.2%} of the images")
     if result["confusion"]:

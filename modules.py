@@ -6,7 +6,6 @@ window's half-width is `1/s` and its centre lies at `(-x/s, -y/s)`. `s` is taken
 (`MIN_SCALE`): a window is never larger than the canvas, and `1/s` never blows up.
 """
 
-import math
 from functools import reduce
 from typing import NamedTuple
 
@@ -18,6 +17,13 @@ MIN_SCALE = 1.0
 PosePrior = tuple[tuple[float, float, float], tuple[float, float, float]]  # its mean and standard deviation
 
 
+class Look(NamedTuple):
+    """Where the residual guide looks, (x, y) in canvas coordinates: `shift` away from `place`."""
+
+    place: Tensor | None = None  # [n, 2]; the peak of the residual, if not given
+    shift: Tensor | float = 0.0  # [2]
+
+
 class Step(NamedTuple):
     """What a guide's network is given at each step."""
 
@@ -26,6 +32,7 @@ class Step(NamedTuple):
     z_where: Tensor  # [n, 3], the pose of the step before, 0 at first
     z_what: Tensor  # [n, z_what_size], its code, 0 at first
     state: tuple  # what the network returned at the step before, or its `init_state`
+    look: Look = Look()
 
 
 # -------------------------------------------------------------------------- spatial transformers
@@ -73,6 +80,12 @@ def pose_to_box(z_where: Tensor, image_size: int) -> Tensor:
     corner = (1 - (xy + 1) / s)[..., 0] * image_size / 2
     width = (image_size / s)[..., 0]
     return torch.cat([corner, width, width], -1)
+
+
+def pose_to_place(z_where: Tensor) -> Tensor:
+    """The centres of windows `[.., 3]`, (x, y) in canvas coordinates `[.., 2]`."""
+    s, xy = split_pose(z_where)
+    return (-xy / s)[..., 0]
 
 
 def split_pose(z_where: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,8 +162,8 @@ class RNNAttention(nn.Module):
         self.register_buffer("z_where_loc", torch.tensor(prior[0]), persistent=False)
         self.register_buffer("z_where_scale", torch.tensor(prior[1]), persistent=False)
 
-    def init_state(self, image: Tensor, look: int = 0) -> tuple:
-        """The image's projection, and the LSTM's first state. Every `look` is the same."""
+    def init_state(self, image: Tensor) -> tuple:
+        """The image's projection, and the LSTM's first state."""
         return self.rnn.project_image(image), self.rnn.init_state(len(image))
 
     def forward(self, step: Step) -> tuple[Tensor, Tensor, Tensor, tuple]:
@@ -203,15 +216,9 @@ class ResidualAttention(nn.Module):
         nn.init.zeros_(self.correct.bias)
         self.present = MLP(2 * hidden_size, 100, 1)
 
-    def init_state(self, image: Tensor, look: int = 0) -> tuple:
-        """How far to look from the peak, (x, y) in canvas coordinates: the same at all steps.
-
-        The first look, 0, is at the peak; later ones are a fifth of a window away from it, each in another direction.
-        """
-        if look == 0:
-            return (image.new_zeros(2),)
-        turn = 2.4 * look  # The golden angle: any number of looks are spread evenly.
-        return (0.2 * self.usual_window * image.new_tensor([math.cos(turn), math.sin(turn)]),)
+    def init_state(self, image: Tensor) -> tuple:
+        """Nothing: it has no memory."""
+        return ()
 
     @torch.no_grad()
     def residual(self, image: Tensor, canvas: Tensor) -> Tensor:
@@ -234,15 +241,16 @@ class ResidualAttention(nn.Module):
     def forward(self, step: Step) -> tuple[Tensor, Tensor, Tensor, tuple]:
         """The logit of `z_pres` `[batch]`, mean and sd of `z_where` `[batch, 3]` each, and the state."""
         residual = self.residual(step.image, step.canvas)
-        peak, seen = self.peak(residual) + step.state[0], to_channels(residual, step.image)
+        place = self.peak(residual) if step.look.place is None else step.look.place
+        place, seen = place + step.look.shift, to_channels(residual, step.image)
         s = self.z_where_loc[0]
-        window = torch.cat([s.expand(len(peak), 1), -s * peak], -1)
+        window = torch.cat([s.expand(len(place), 1), -s * place], -1)
         # Flattened row by row, as they lie in memory.
         features = self.look(image_to_object(window, seen, self.window_size, self.first_look).transpose(1, 2))
         shift, scale = self.propose(features).chunk(2, -1)
         s = s + self.z_where_scale[0] * shift[:, :1]
-        # 0.6: at first the window stays near the peak.
-        loc = torch.cat([s, 0.6 * shift[:, 1:] - s * peak], -1)
+        # 0.6: at first the window stays near that place.
+        loc = torch.cat([s, 0.6 * shift[:, 1:] - s * place], -1)
         closer = self.look_closer(image_to_object(loc, seen, self.window_size, self.second_look))
         shift, factor = self.correct(closer).chunk(2, -1)
         loc = loc + self.z_where_scale * shift

@@ -24,7 +24,8 @@ from multi_mnist import DataError, one_line
 from training.checkpoint import build_air, read_checkpoint, read_reference
 from training.options import UsageError, one_line_errors, positive
 
-TOGETHER = 32  # images that are looked at at once
+TOGETHER = 128  # images that are looked at at once
+UNSURE = 0.9  # A count with a smaller probability is reported as in doubt.
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,9 +44,10 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, path = read_checkpoint(args.run)
         air, reference = build_air(checkpoint, path), read_reference(checkpoint, path)
         if reference is None:
-            print(
-                f"{path} is of a run that is not finished: what is unlike its training is not noticed", file=sys.stderr
+            text = (
+                "of a run that is not finished: it gives no probabilities, nor warnings of what is unlike its training"
             )
+            print(f"{path} is {text}", file=sys.stderr)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             if any(args.out.iterdir()):
@@ -74,14 +76,15 @@ def predict(
 ) -> Iterator[dict]:
     """What is in the images in some files, see `images.read_file`.
 
-    Yields a dictionary for each image, of plain values: file; index, if there are several in it; count; q_count, the
-    guide's probability of it, which is no measure of how sure the count is; explained, the share of the ink that it
-    accounts for; log_weight, log p(x, z) - log q(z | x) in nats; boxes, `[x, y, w, h]` each, in pixels of the image as
-    it was (they may reach beyond its edges); and warning, with what speaks against the count (it is None if nothing can
-    be told). For a file that cannot be read, and for a picture that cannot be written: file and error. Nothing depends
-    on chance, nor on other images; see `inference.explain`. What was done to a file's images is reported on stderr.
+    Yields a dictionary for each image, of plain values: file; index, if there are several in it; count; probability,
+    that of the count (None if it is not known, see `evaluation.calibrate`); explained, the share of the ink that it accounts for; log_weight, its
+    evidence in nats, see `inference.explain`; boxes, `[x, y, w, h]` each, in pixels of the image as it was (they may
+    reach beyond its edges); and warning, with what speaks against the count (it is None if nothing can be told). For a
+    file that cannot be read, and for a picture that cannot be written: file and error. Nothing depends on chance, nor
+    on other images. What was done to a file's images is reported on stderr.
 
-    reference: what ordinary scenes look like; without it there are no warnings of what is unlike them.
+    reference: what ordinary scenes look like, and the temperature of probabilities; without it there are neither
+        probabilities nor warnings of what is unlike such scenes.
     invert: whether the images are dark on light; None finds it out for each image.
     folder: where to put a picture of each image with its boxes, if anywhere.
     max_objects: T, the most objects that can be found, see `inference.explain`.
@@ -124,28 +127,34 @@ def count_and_find(
     """
     x = np.stack([canvas for _, _, canvas, *_ in batch])
     seen = explain(air, x, max_objects)
-    seen = [part.cpu().numpy() for part in (seen.counts, seen.q_count, seen.boxes, seen.log_weight, seen.explained)]
+    temperature = reference and reference.temperature
+    probs = seen.count_probs(temperature or 1.0)
+    seen = [part.cpu().numpy() for part in (seen.counts, probs, seen.boxes, seen.log_weight, seen.explained)]
     for (result, image, canvas, place, doubt, floor), length, count, probs, boxes, log_weight, explained in zip(
         batch, images.largest_component_length(x), *seen
     ):
         if doubt in images.EMPTY:
-            result |= {"count": None, "q_count": None, "explained": None, "log_weight": None, "boxes": []}
+            result |= {"count": None, "probability": None, "explained": None, "log_weight": None, "boxes": []}
             result["warning"] = doubt
             continue
         count, boxes = int(count), boxes[:count]
-        signs = [doubt] if doubt else []
+        signs, probability = [doubt] if doubt else [], None
         if reference:
             signs += out_of_distribution(reference, count, log_weight, explained, length)
+        if temperature:
+            probability = round(float(probs[count]), 3)
+            if probability < UNSURE:
+                likely = [n for n in np.argsort(-probs) if probs[n] > 0.05]
+                shares = ", ".join(f"{probs[n]:.0%}" for n in likely)
+                signs.append(f"{' or '.join(map(str, likely))} objects: {shares}")
         if count == len(probs) - 1:
             signs.append(f"all {count} steps were used, there may be more objects (-t)")
         elif images.has_unexplained_ink(canvas, boxes, floor):
             signs.append("there is something where nothing was found")
         left, top, across, down = place
         boxes = (boxes - [left, top, 0, 0]) / [across, down, across, down]
-        # Rounded: the last digits depend on how many images the processor is given at once.
-        numbers = {"q_count": probs[count], "explained": explained, "log_weight": log_weight}
-        result |= {"count": count} | {name: round(float(number), 2) for name, number in numbers.items()}
-        result |= {"boxes": boxes.round(2).tolist()}
+        result |= {"count": count, "probability": probability, "explained": round(float(explained), 2)}
+        result |= {"log_weight": round(float(log_weight), 2), "boxes": boxes.round(2).tolist()}
         if signs:
             result["warning"] = "; ".join(signs)
         if folder:

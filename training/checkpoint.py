@@ -76,6 +76,8 @@ def read_reference(checkpoint: dict, path="checkpoint") -> ReferenceStats | None
     """What is ordinary to the AIR of a checkpoint; None if its run was not finished."""
     saved = checkpoint.get("reference")
     try:
-        return None if saved is None else ReferenceStats(**{name: float(value) for name, value in saved.items()})
+        return (
+            None if saved is None else ReferenceStats(**{name: value and float(value) for name, value in saved.items()})
+        )
     except Exception:  # Whatever goes wrong, the file is at fault.
         raise DataError(f"{path} has no readable 'reference': {saved!r:.100}") from None
