@@ -94,7 +94,7 @@ def evaluate(
 
 
 def search(air: AIR, x: np.ndarray, max_objects: int | None = None, moves: int = MOVES) -> Inference:
-    """`inference.explain` on canvases `x` `[n, h, h]`, without what takes much memory: only the fields up to z_where."""
+    """`inference.explain` on canvases `x` `[n, h, h]`; of what it sees the first fields, which take little memory."""
     bar, parts = tqdm(total=len(x), desc="searching", unit="image", leave=False, delay=2), []
     for start in range(0, len(x), 160):
         parts.append(explain(air, x[start : start + 160], max_objects, moves)[:5])

@@ -27,7 +27,7 @@ MOST_OBJECTS = 8  # that are looked for, if not more in training: the residual g
 PRICE = 12.0  # The prior on the count is p(n) ~ exp(-PRICE * n): strict, as in training.
 TAKEN_OFF = 0.4  # the chance that an object is, where any may be
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
-TOGETHER = 32  # Images are always computed in groups of so many: the last digits depend on it.
+TOGETHER = 32  # Always so many images are computed at once: rounding depends on it.
 
 
 class Inference(NamedTuple):
@@ -153,22 +153,25 @@ def whole(air: AIR, x: Tensor, most: int, given: Messenger) -> Explanation:
 
 def take_off(found: Explanation, move: int, uniform: Tensor, noise: Tensor, window: float) -> tuple[Tensor, list[Look]]:
     """Which objects stay, bool `[n, T]`, and where to look for two others: one of the four kinds of `explain`."""
-    slots, places = torch.arange(found.weight.shape[1], device=uniform.device), pose_to_place(found.z_where)
+    n, most = found.weight.shape
+    slots, images = torch.arange(most, device=uniform.device), torch.arange(n, device=uniform.device)
     used = slots < found.counts[:, None]
-    one = (uniform[0] * found.counts).long()[:, None]
-    place = places.take_along_dim(one[..., None], 1)
-    pair = (places - place).norm(dim=-1).masked_fill(~used, math.inf).argsort(dim=1, stable=True)[:, :2]
+    places = pose_to_place(found.z_where).masked_fill(~used[..., None], 0.0)
+    one = (uniform[0] * found.counts).long()
+    place = places[images, one]
+    apart = (places - place[:, None]).norm(dim=-1).masked_fill(~used | (slots == one[:, None]), math.inf)
+    nearest = torch.where(found.counts > 1, apart.argmin(1), one)
     kind, jitter = move % 4, JITTER * window * noise[:2, :2]
     if kind == 0:
         return used & (uniform[3:] > TAKEN_OFF), [Look(None, jitter[0]), Look(None, jitter[1])]
     if kind == 3:
         turn, reach = 2 * math.pi * uniform[1], window * (SPLIT[0] + (SPLIT[1] - SPLIT[0]) * uniform[2])
         shift = reach * torch.stack([turn.cos(), turn.sin()])
-        return used & (slots != one), [Look(place[:, 0], shift), Look(place[:, 0], -shift)]
-    kept = used & (slots != pair[:, :1]) & (slots != pair[:, -1:])
+        return used & (slots != one[:, None]), [Look(place, shift), Look(place, -shift)]
+    kept = used & (slots != one[:, None]) & (slots != nearest[:, None])
     if kind == 1:
         return kept, [Look(None, jitter[0]), Look(None, jitter[1])]
-    return kept, [Look(places.take_along_dim(pair[:, i, None, None], 1)[:, 0], jitter[0]) for i in (0, -1)]
+    return kept, [Look(place, jitter[0]), Look(places[images, nearest], jitter[0])]
 
 
 def propose_again(

@@ -77,11 +77,11 @@ def predict(
     """What is in the images in some files, see `images.read_file`.
 
     Yields a dictionary for each image, of plain values: file; index, if there are several in it; count; probability,
-    that of the count (None if it is not known, see `evaluation.calibrate`); explained, the share of the ink that it accounts for; log_weight, its
-    evidence in nats, see `inference.explain`; boxes, `[x, y, w, h]` each, in pixels of the image as it was (they may
-    reach beyond its edges); and warning, with what speaks against the count (it is None if nothing can be told). For a
-    file that cannot be read, and for a picture that cannot be written: file and error. Nothing depends on chance, nor
-    on other images. What was done to a file's images is reported on stderr.
+    that of the count (None if it is not known, see `evaluation.calibrate`); explained, the share of the ink that it
+    accounts for; log_weight, its evidence in nats, see `inference.explain`; boxes, `[x, y, w, h]` each, in pixels of
+    the image as it was (they may reach beyond its edges); and warning, with what speaks against the count (it is None
+    if nothing can be told). For a file that cannot be read, and for a picture that cannot be written: file and error.
+    Nothing depends on chance, nor on other images. What was done to a file's images is reported on stderr.
 
     reference: what ordinary scenes look like, and the temperature of probabilities; without it there are neither
         probabilities nor warnings of what is unlike such scenes.

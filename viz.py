@@ -135,6 +135,19 @@ def draw_confusion(confusion, title=None) -> np.ndarray:
     return render(figure)
 
 
+def draw_reliability(probabilities, shares, numbers, title=None) -> np.ndarray:
+    """How often counts are right, over their probability, with how many there are; on the diagonal it is as often."""
+    figure = Figure(figsize=(4, 4), dpi=DPI, layout="tight")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], "--", color="0.6")
+    axis.plot(probabilities, shares, ".-")
+    for x, y, n in zip(probabilities, shares, numbers):
+        axis.annotate(f"{n:,}", (x, y), (0, -12), textcoords="offset points", fontsize=7, ha="center")
+    axis.set(xlabel="probability of the count", ylabel="share that is right", xlim=(0, 1.03), ylim=(0, 1.03))
+    axis.set_title(title or "", fontsize=10)
+    return render(figure)
+
+
 def render(figure: Figure) -> np.ndarray:
     """The figure's pixels; with a legend, if there are boxes of several steps."""
     handles, labels = figure.axes[0].get_legend_handles_labels()

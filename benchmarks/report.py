@@ -1,4 +1,4 @@
-"""How well does an AIR understand its scenes: writes report.json, report.png and unseen.png into the folder of a run.
+"""How well does an AIR understand its scenes: writes report.json and some pictures into the folder of a run.
 
     pip install scikit-learn                 # for the probes; nothing else needs it
     python benchmarks/report.py runs/NAME
@@ -6,7 +6,8 @@
 All of it is measured on multi-MNIST's test scenes, or on others made of the same test digits. What is called an
 object's code here is the mean of `q(z_what_t | x, z_where_t)` at the sampled window. The docstrings of the functions
 that measure say what the numbers are. report.png shows scenes of other kinds than in training, true count → inferred;
-unseen.png, scenes of none to five digits.
+unseen.png, scenes of none to five digits; search.png, how explanations are mended, move by move; reliability.png, how
+often counts are right that have this or that probability.
 """
 
 import argparse
@@ -25,51 +26,95 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import viz
 from air import AIR, MAX_OBJECTS
-from evaluation import default_batch_size, evaluate, importance_bound, interval, seeded_rng
+from evaluation import (
+    default_batch_size,
+    evaluate,
+    importance_bound,
+    interval,
+    search,
+    search_metrics,
+    seeded_rng,
+)
 from inference import Inference, explain, infer
+from modules import pose_to_box
 from multi_mnist import DIGIT_SIZE, Scenes, compose, load_digits, load_split
-from training.checkpoint import build_air, read_checkpoint, write_file
+from training.checkpoint import build_air, read_checkpoint, read_reference, write_file
 from training.options import UsageError, one_line_errors, positive
 from training.run import is_run_folder
 
 PAINTED = 0.2  # the least brightness of a painted pixel that counts as ink
 SIZES = (12, 16, 19, 21, 24, 28, 32)  # pixels; an ordinary digit is drawn 18 to 26 pixels wide, 21 on average
 PROBED = (5000, 2000)  # scenes that a probe is trained and tested on
+MOVES_SHOWN = 40
 UNLIKE = 1000  # scenes of each kind that it was not trained on
 
 
-def report(air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray, max_objects: int = 8) -> tuple:
-    """What goes into report.json, unseen.png and report.png.
+def report(
+    air: AIR, scenes: Scenes, digits: np.ndarray, classes: np.ndarray, max_objects: int = 8, temperature: float = 1.0
+) -> tuple[dict, dict]:
+    """What goes into report.json, and the pictures by name.
 
     scenes: with labels and boxes. digits, classes: what to compose further scenes of, see `compose`.
-    max_objects: T, where there are more digits than in training.
+    max_objects: T, where there are more digits than in training. temperature: of the probabilities of counts.
     """
-    measured = {"counting": counting(air, scenes), "localisation": localisation(infer_all(air, scenes.x), scenes)}
+    measured = {"counting": counting(air, scenes, temperature)}
+    measured["localisation"] = localisation(infer_all(air, scenes.x), scenes)
     measured["representation"] = representation(air, digits, classes)
-    measured["generalisation"], pictures = generalisation(air, digits, classes, max_objects)
-    any_number = compose(digits, classes, 20, np.random.default_rng(0), air.image_size, 5)
-    unseen = drawn(any_number, infer_all(air, any_number.x, max_objects, sample=False))
-    return measured, unseen, np.concatenate(pictures)
+    measured["generalisation"], sheets = generalisation(air, digits, classes, max_objects, temperature)
+    any_number = compose(digits, classes, UNLIKE, np.random.default_rng(0), air.image_size, 5)
+    seen = search(air, any_number.x, max_objects)
+    measured["reliability"] = reliability(seen, any_number.counts, temperature)
+    pictures = {"report": np.concatenate(sheets), "unseen": drawn(any_number, seen)}
+    pictures["search"] = repairs(
+        air, compose(digits, classes, 20, np.random.default_rng(5), air.image_size, 5, (1.3, 0.1), 5)
+    )
+    pictures["reliability"] = viz.draw_reliability(*zip(*measured["reliability"]), "Scenes of 0 to 5 digits")
+    return measured, pictures
 
 
-def infer_all(air: AIR, x: np.ndarray, max_objects: int | None = None, sample: bool = True) -> Inference:
-    """One sample of the guide for all images, as arrays; or, without chance, the best of several looks."""
+def infer_all(air: AIR, x: np.ndarray, max_objects: int | None = None) -> Inference:
+    """One sample of the guide for all images, as arrays."""
     max_objects, batches = max_objects or air.max_objects, []
     batch_size = default_batch_size(air, max_objects)
     with seeded_rng(air.z_where_loc.device):
         for some in (x[start : start + batch_size] for start in range(0, len(x), batch_size)):
-            seen = infer(air, some, max_objects=max_objects) if sample else explain(air, some, max_objects)
+            seen = infer(air, some, max_objects)
             seen = seen._replace(canvases=seen.counts, reconstruction=seen.counts)  # not looked at, and large
             batches.append([part.cpu().numpy() for part in seen])
     return Inference(*map(np.concatenate, zip(*batches)))
 
 
-def counting(air: AIR, scenes: Scenes) -> dict:
+def counting(air: AIR, scenes: Scenes, temperature: float) -> dict:
     """What a run's last evaluation measures, with 95% intervals; and the importance-weighted bound of 100 samples."""
-    measured = evaluate(air, scenes, several_looks=True).metrics
+    measured = evaluate(air, scenes, measure_search=True, temperature=temperature).metrics
     names = [name for name in measured if name.startswith("count_accuracy") and measured[name] is not None]
     intervals = {f"{name}_interval": interval(measured[name], len(scenes.x)) for name in names}
     return measured | intervals | {"importance_bound_100": mean(importance_bound(air, scenes))}
+
+
+def reliability(seen: Inference, counts: np.ndarray, temperature: float) -> list[tuple[float, float, int]]:
+    """Of the images whose count has a probability in each tenth: its mean, the share that is right, and how many."""
+    probs, guess = (part.cpu().numpy() for part in seen.count_probs(temperature).max(-1))
+    bins = np.minimum((probs * 10).astype(int), 9)
+    parts = [bins == i for i in range(10) if (bins == i).any()]
+    return [(float(probs[part].mean()), mean((guess == counts)[part]), int(part.sum())) for part in parts]
+
+
+def repairs(air: AIR, scenes: Scenes) -> np.ndarray:
+    """Three scenes that the greedy guide counts wrong and the search right: the moves that helped."""
+    steps = [explain(air, scenes.x, moves=moves) for moves in range(MOVES_SHOWN + 1)]
+    counts, evidence = (
+        np.stack([getattr(step, name).cpu().numpy() for step in steps]) for name in ("counts", "log_weight")
+    )
+    mended = np.flatnonzero((counts[0] != scenes.counts) & (counts[-1] == scenes.counts))[:3]
+    pictures, boxes, captions = [], [], []
+    for i in mended:
+        better = [0, *(m for m in range(1, MOVES_SHOWN + 1) if evidence[m, i] > evidence[m - 1, i] + 1)]
+        for m in np.resize([*better[:7], better[-1]] if len(better) > 8 else better, 8):
+            pictures.append(scenes.x[i])
+            boxes.append(steps[m].boxes[i, : counts[m, i]].cpu().numpy())
+            captions.append(f"move {m}: {counts[m, i]} objects, {evidence[m, i]:.0f} nats")
+    return viz.draw_scenes(pictures, boxes, captions, 8)
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -183,39 +228,43 @@ def features(air: AIR, scenes: Scenes) -> dict:
     return {"digit_class": (classes, objects), "sum": (left + right, whole), "ascending": (left < right, whole)}
 
 
-def generalisation(air: AIR, digits: np.ndarray, classes: np.ndarray, max_objects: int) -> tuple[dict, list]:
+def generalisation(
+    air: AIR, digits: np.ndarray, classes: np.ndarray, max_objects: int, temperature: float
+) -> tuple[dict, list]:
     """Scenes such as it was not trained on: three to five digits, and none to two of another size; and pictures."""
     measured, pictures = {"more_digits": [], "sizes": []}, []
-    for scenes, counted, best in more_digits(air, digits, classes, max_objects):
+    for scenes, counted, best in more_digits(air, digits, classes, max_objects, temperature):
         measured["more_digits"].append(counted)
         pictures.append(drawn(scenes, best, f"{counted['digits']} digits, T = {counted['max_objects']}"))
     for size in SIZES:
         shrink = (DIGIT_SIZE / (size + 0.5), 0.0)  # `compose` rounds down
         scenes = compose(digits, classes, UNLIKE, np.random.default_rng(size), air.image_size, shrink=shrink)
-        counted, best = count(air, scenes)
+        counted, best = count(air, scenes, None, temperature)
         measured["sizes"].append({"size_px": size} | counted)
         if size in (SIZES[0], SIZES[-1]):
             pictures.append(drawn(scenes, best, f"digits of {size} pixels"))
     return measured, pictures
 
 
-def more_digits(air: AIR, digits: np.ndarray, classes: np.ndarray, max_objects: int) -> Iterator[tuple]:
-    """Scenes of three, four and five digits each, how they are counted, and what the best of several looks saw.
+def more_digits(
+    air: AIR, digits: np.ndarray, classes: np.ndarray, max_objects: int, temperature: float | None
+) -> Iterator[tuple]:
+    """Scenes of three, four and five digits each, how they are counted, and what the search saw.
 
     Those of three are also counted with T as in training.
     """
     for n, most in ((3, air.max_objects), (3, max_objects), (4, max_objects), (5, max_objects)):
         scenes = compose(digits, classes, UNLIKE, np.random.default_rng(n), air.image_size, n, min_digits=n)
-        counted, best = count(air, scenes, most)
+        counted, best = count(air, scenes, most, temperature)
         yield scenes, {"digits": n, "max_objects": most} | counted, best
 
 
-def count(air: AIR, scenes: Scenes, max_objects: int | None = None) -> tuple[dict, Inference]:
-    """How often the count is right, in one sample and in the best of several looks; and what these saw."""
-    seen, best = (infer_all(air, scenes.x, max_objects, sample) for sample in (True, False))
-    measured = {"images": len(scenes.x)}
-    for name, counts in (("count_accuracy", seen.counts), ("count_accuracy_looks", best.counts)):
-        measured[name] = mean(counts == scenes.counts)
+def count(air: AIR, scenes: Scenes, max_objects: int | None, temperature: float | None) -> tuple[dict, Inference]:
+    """How often the count is right, in one sample and by the search; and what the search saw."""
+    seen, best = infer_all(air, scenes.x, max_objects), search(air, scenes.x, max_objects)
+    measured = {"images": len(scenes.x), "count_accuracy": mean(seen.counts == scenes.counts)}
+    measured |= search_metrics(best, scenes.counts, temperature)
+    for name in ("count_accuracy", "count_accuracy_search"):
         measured[f"{name}_interval"] = interval(measured[name], len(scenes.x))
     inferred = np.bincount(seen.counts, minlength=(max_objects or air.max_objects) + 1)
     return measured | {"inferred_counts": inferred.tolist()}, best
@@ -227,7 +276,7 @@ def mean(numbers: np.ndarray) -> float | None:
 
 def drawn(scenes: Scenes, seen: Inference, title: str | None = None) -> np.ndarray:
     some = range(min(20, len(scenes.x)))
-    boxes = [seen.boxes[i, : seen.counts[i]] for i in some]
+    boxes = [pose_to_box(seen.z_where[i, : seen.counts[i]], scenes.x.shape[1]).cpu() for i in some]
     captions = [f"{scenes.counts[i]} → {seen.counts[i]}" for i in some]
     return viz.draw_scenes(scenes.x[some], boxes, captions, title=title)
 
@@ -249,12 +298,15 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"{args.run} was not trained on multi-MNIST, of which it is known what is where")
         data_dir = args.data_dir or checkpoint["flags"]["data_dir"]
         data = load_split("test", data_dir), *load_digits(False, data_dir)
-        measured, unseen, sheet = report(build_air(checkpoint, path), *data, args.max_objects)
+        reference = read_reference(checkpoint, path)
+        if reference is None or reference.temperature is None:
+            raise UsageError(f"{args.run} is not finished, or its probabilities are not calibrated")
+        measured, pictures = report(build_air(checkpoint, path), *data, args.max_objects, reference.temperature)
         measured = json.dumps({"step": checkpoint["step"]} | measured, indent=1)
         write_file(args.run / "report.json", f"{measured}\n".encode())
-        write_file(args.run / "report.png", viz.png(sheet))
-        write_file(args.run / "unseen.png", viz.png(unseen))
-        print(f"report.json, report.png and unseen.png are in {args.run}")
+        for name, picture in pictures.items():
+            write_file(args.run / f"{name}.png", viz.png(picture))
+        print(f"report.json and {', '.join(pictures)}.png are in {args.run}")
 
 
 if __name__ == "__main__":

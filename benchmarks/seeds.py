@@ -37,7 +37,7 @@ from training.run import read_metrics
 ROOT = Path(__file__).parent.parent
 COLUMNS = {
     "one sample": ("count_accuracy", "{:.2%}"),
-    "five looks": ("count_accuracy_looks", "{:.2%}"),
+    "search": ("count_accuracy_search", "{:.2%}"),
     "ELBO": ("elbo", "{:.1f}"),
     "validation at step 500": ("early", "{:.1%}"),
 }
@@ -94,27 +94,27 @@ def table(runs: list[Path], step: int | None) -> str:
 
 
 def unseen(runs: list[Path]) -> str:
-    """More digits than in training: the share of 1,000 scenes each that one sample of the guide (five looks) counts."""
+    """More digits than in training: the share of 1,000 scenes each that one sample of the guide (the search) counts."""
     rows = {}
     for run in runs:
         checkpoint, path = read_checkpoint(run)
         digits, classes = load_digits(False, checkpoint["flags"]["data_dir"])
-        counted = [counted for _, counted, _ in more_digits(build_air(checkpoint, path), digits, classes, 8)]
-        rows[f"{seed(run)}"] = [(part["count_accuracy"], part["count_accuracy_looks"]) for part in counted]
+        counted = [counted for _, counted, _ in more_digits(build_air(checkpoint, path), digits, classes, 8, None)]
+        rows[f"{seed(run)}"] = [(part["count_accuracy"], part["count_accuracy_search"]) for part in counted]
         heads = [f"{part['digits']} digits, T = {part['max_objects']}" for part in counted]
     return with_summary(["seed", *heads], rows, ["{:.1%} ({:.1%})"] * len(heads))
 
 
 def comparison(folders: list[Path], step: int | None) -> str:
-    """A row for each folder of runs: by one sample of the guide; of whole runs also by five looks, in brackets."""
+    """A row for each folder of runs: by one sample of the guide; of whole runs also by the search, in brackets."""
     rows = []
     for folder in folders:
         lines = [result(run, step) for run in sorted(folder.glob("seed*/"), key=seed)]
         if not lines or step is not None and {line["step"] for line in lines} != {step}:
             raise UsageError(f"{folder} has no runs" + (f" that were all evaluated at step {step}" if step else ""))
         form = "{count_accuracy:.1%}" if step else "{count_accuracy:.2%}"
-        if all(line["count_accuracy_looks"] is not None for line in lines):
-            form += " ({count_accuracy_looks:.2%})"
+        if all(line["count_accuracy_search"] is not None for line in lines):
+            form += " ({count_accuracy_search:.2%})"
         rows.append([folder.name, *(", ".join(each.format(**line) for line in lines) for each in (form, "{elbo:.1f}"))])
     return markdown(["runs", "accuracy", "ELBO, nats"], rows)
 

@@ -95,11 +95,15 @@ def test_report(run, digits, monkeypatch, tmp_path):
         monkeypatch.setattr(report, name, value)
     folder, checkpoint = shutil.copytree(run[0], tmp_path / "run"), torch.load(run[0] / "checkpoint.pt")
     assert "was not trained on multi-MNIST" in call(report.main, folder).stderr
-    torch.save(checkpoint | {"flags": checkpoint["flags"] | {"data": None}}, folder / "checkpoint.pt")
+    checkpoint["flags"]["data"] = None
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    assert "its probabilities are not calibrated" in call(report.main, folder).stderr
+    checkpoint["reference"]["temperature"] = 2.0
+    torch.save(checkpoint, folder / "checkpoint.pt")
     assert not (reported := call(report.main, folder)).returncode, reported.stderr
     measured = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
     counting, more = measured["counting"], measured["generalisation"]["more_digits"]
-    assert counting == counting | evaluate(load_air(run[0]), some, several_looks=True).metrics
+    assert counting == counting | evaluate(load_air(run[0]), some, measure_search=True, temperature=2.0).metrics
     low, high = counting["count_accuracy_interval"]
     assert low < counting["count_accuracy"] < high and counting["importance_bound_100"] > counting["elbo"]
     assert [(part["digits"], part["max_objects"]) for part in more] == [(3, 3), (3, 8), (4, 8), (5, 8)]
@@ -191,11 +195,11 @@ def test_scripts_print_what_they_measured_of_a_finished_run(run, digits, scenes,
     for patch in [*patched, *((script, "load_digits", lambda *_: digits) for script in (seeds, unlike))]:
         monkeypatch.setattr(*patch)
     last, rows = metrics(run[0])[-1], rows_of(seeds, "--whole", "--seeds", 3, "--out", tmp_path, "--unseen")
-    one, looks, elbo = f"{last['count_accuracy']:.2%}", f"{last['count_accuracy_looks']:.2%}", f"{last['elbo']:.1f}"
-    assert rows[0] == ["seed", "one sample", "five looks", "ELBO"] and rows[2] == ["3", one, looks, elbo]
-    more = [counted for _, counted, _ in report.more_digits(load_air(run[0]), *digits, 8)]
-    assert rows[8] == ["3", *(f"{part['count_accuracy']:.1%} ({part['count_accuracy_looks']:.1%})" for part in more)]
-    assert rows_of(seeds, "--whole", "--compare", tmp_path)[-1] == [tmp_path.name, f"{one} ({looks})", elbo]
+    one, searched, elbo = f"{last['count_accuracy']:.2%}", f"{last['count_accuracy_search']:.2%}", f"{last['elbo']:.1f}"
+    assert rows[0] == ["seed", "one sample", "search", "ELBO"] and rows[2] == ["3", one, searched, elbo]
+    more = [counted for _, counted, _ in report.more_digits(load_air(run[0]), *digits, 8, None)]
+    assert rows[8] == ["3", *(f"{part['count_accuracy']:.1%} ({part['count_accuracy_search']:.1%})" for part in more)]
+    assert rows_of(seeds, "--whole", "--compare", tmp_path)[-1] == [tmp_path.name, f"{one} ({searched})", elbo]
     rows = [row[0] for row in rows_of(estimators, "--seeds", 0, "--draws", 2, "-b", 8, "--out", tmp_path)]
     assert rows[2:5] == [*estimators.ESTIMATORS] and rows[7:] == ["0"] * 3 + ["6"] * 6
     assert "of 100 crops counted right" in call(coins.main, tmp_path / "seed3").stdout

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from air import AIR
-from inference import infer
+from inference import explain
 from training.checkpoint import load_air, read_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 def test_a_gpu_sees_what_the_cpu_sees(guide, scenes):
     on_cpu = AIR(guide=guide)
     on_gpu = copy.deepcopy(on_cpu).cuda()
-    expected, seen = (infer(air, scenes.x, sample=False) for air in (on_cpu, on_gpu))
+    expected, seen = (explain(air, scenes.x, moves=4) for air in (on_cpu, on_gpu))
     assert torch.equal(expected.counts, seen.counts.cpu())
     for name, value in expected._asdict().items():
         torch.testing.assert_close(getattr(seen, name).cpu(), value, rtol=1e-3, atol=1e-3, msg=name)

@@ -4,7 +4,19 @@ import torch
 
 import evaluation
 from air import AIR
-from evaluation import baseline_r2, bounds, evaluate, importance_bound, interval, out_of_distribution, reference_stats
+from evaluation import (
+    ReferenceStats,
+    baseline_r2,
+    bounds,
+    calibrate,
+    evaluate,
+    importance_bound,
+    interval,
+    out_of_distribution,
+    recombine,
+    reference_stats,
+    search_metrics,
+)
 from images import largest_component_length
 from inference import Inference, explain, infer, traces
 from multi_mnist import Scenes
@@ -19,12 +31,14 @@ def air():
 
 def test_the_numbers_are_what_they_are_called(air, scenes):
     x, true = scenes.x[:100], scenes.counts[:100]
-    result, *others = evaluate(air, Scenes(x, true), batch_size=50, several_looks=True)
+    result, *others = evaluate(air, Scenes(x, true), batch_size=50, measure_search=True, temperature=2.0)
     torch.manual_seed(0)
     seen = Inference(*map(torch.cat, zip(infer(air, x[:50]), infer(air, x[50:]))))
-    counts, looks = seen.counts.numpy(), infer(air, x, sample=False, looks=5).counts.numpy()
-    accuracies = [np.mean(guess == true) for guess in (counts, seen.q_count.argmax(1).numpy(), looks)]
-    assert [result[f"count_accuracy{way}"] for way in ("", "_mode", "_looks")] == accuracies
+    counts, searched = seen.counts.numpy(), explain(air, x)
+    guesses = counts, seen.count_probs().argmax(1).numpy(), searched.counts.numpy()
+    ways = [result[f"count_accuracy{way}"] for way in ("", "_mode", "_search")]
+    assert ways == [np.mean(guess == true) for guess in guesses]
+    assert result.items() >= search_metrics(searched, true, 2.0).items()
     assert result["images"] == 100 and result["last_step_rate"] == np.mean(counts == 3)
     assert result["elbo"] == pytest.approx(seen.log_weight.mean().item(), rel=1e-5)
     assert result["confusion"] == [[((true == i) & (counts == j)).sum() for j in range(4)] for i in range(3)]
@@ -51,7 +65,7 @@ def test_few_ordinary_scenes_are_out_of_distribution():
         counts = rng.choice(kinds, 20_000)
         log_weight = 700 - 50 * counts - rng.exponential(10, 20_000) * (counts > 0)
         scenes = counts, log_weight, rng.beta(20, 2, 20_000), rng.poisson(15, 20_000)
-        reference = bounds(*(part[:10_000] for part in scenes))
+        reference = ReferenceStats(*bounds(*(part[:10_000] for part in scenes)), 1.0)
         flagged = [bool(out_of_distribution(reference, *scene)) for scene in zip(*(part[10_000:] for part in scenes))]
         assert 0.002 < np.mean(flagged) < 0.015, kinds
         for strange in ((1, -1000, 1.0, 10), (1, 1000, 0.1, 10), (1, 1000, 1.0, 99)):
@@ -60,11 +74,58 @@ def test_few_ordinary_scenes_are_out_of_distribution():
     assert out_of_distribution(reference, 5, 700 - 5 * 50 - 80, 1.0, 10)
 
 
-def test_what_is_ordinary_is_measured_as_it_is_applied(air, scenes):
-    """By the same looks and with the same number of objects as predict.py's."""
-    counts, _, log_weight, explained = (part.numpy() for part in explain(air, scenes.x[:20])[:4])
-    expected = bounds(counts, log_weight, explained, largest_component_length(scenes.x[:20]))
-    assert reference_stats(air, scenes.x[:20]) == expected
+def believed(probs) -> Inference:
+    """What has these probabilities of the counts, at temperature 1."""
+    evidence = torch.tensor(probs, dtype=torch.float64).log()
+    return Inference(evidence.argmax(1), evidence, *[None] * (len(Inference._fields) - 2))
+
+
+def test_how_well_probabilities_are_calibrated():
+    """By hand: of four sure of 0.9 three are right, of two with 0.6 none, and one of two is wrong with 0.995."""
+    sure, half, surest = [0.05, 0.9, 0.05], [0.6, 0.3, 0.1], [0.001, 0.004, 0.995]
+    seen, true = believed(4 * [sure] + 2 * [half] + 2 * [surest]), np.array([1, 1, 1, 2, 1, 2, 2, 0])
+    measured = search_metrics(seen, true, 1.0)
+    assert measured["count_accuracy_search"] == 4 / 8 and measured["sure_but_wrong"] == 1 / 8
+    in_bins = [abs(4 + 0 - 4 * 0.9 - 2 * 0.995), 2 * 0.6]  # 0.9 and 0.995 are in one bin of ten
+    assert measured["calibration_error"] == pytest.approx(sum(in_bins) / 8)
+    assert search_metrics(seen, true, None) == {"count_accuracy_search": 4 / 8}
+
+
+def test_the_temperature_is_found():
+    """Of counts that are drawn with the probabilities of some evidence, and of the same evidence made too large."""
+    rng = np.random.default_rng(0)
+    evidence = 3 * rng.normal(size=(4000, 5))
+    probs = np.exp(evidence) / np.exp(evidence).sum(1, keepdims=True)
+    true = np.array([rng.choice(5, p=row) for row in probs])
+    for factor in (1.0, 4.0):
+        too_sure = believed(probs)._replace(count_evidence=torch.from_numpy(factor * evidence))
+        assert calibrate(too_sure, true) == pytest.approx(factor, rel=0.1)
+
+
+def test_recombined_scenes(scenes):
+    """Sums of as many scenes of one digit as they say, none brighter than white."""
+    made = recombine(scenes.x, scenes.counts, 60, 3)
+    singles = scenes.x[scenes.counts == 1]
+    assert np.bincount(made.counts).tolist() == [15] * 4 and not made.x[made.counts == 0].any()
+    for scene in made.x[made.counts == 1]:
+        assert (scene == singles).all((1, 2)).any()
+    for scene in made.x[made.counts == 2]:  # One of the two leaves another one.
+        assert any((scene - one == singles).all((1, 2)).any() for one in singles if (one <= scene).all())
+    with pytest.raises(ValueError, match="one object was found in 3 of 3 images"):
+        recombine(singles[:3], np.ones(3, int))
+    with pytest.raises(ValueError, match="4 objects do not fit on a canvas of 50 pixels"):
+        recombine(np.full((30, 50, 50), 80, np.uint8), np.ones(30, int), 10, 4)
+
+
+def test_what_is_ordinary_is_measured_as_it_is_applied(air, scenes, monkeypatch):
+    """By the same search as predict.py's; and probabilities have a temperature if enough single objects are found."""
+    x = scenes.x[:20]
+    seen = explain(air, x)
+    parts = (part.numpy() for part in (seen.counts, seen.log_weight, seen.explained))
+    expected = bounds(*parts, largest_component_length(x))
+    assert reference_stats(air, x) == (*expected, None)
+    monkeypatch.setattr(evaluation, "recombine", lambda x, counts: Scenes(x, counts))
+    assert 0.5 <= reference_stats(air, x).temperature <= 50
 
 
 def test_importance_bound(scenes):

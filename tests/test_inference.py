@@ -1,13 +1,16 @@
-"""What is read out of the guide, and what it may be asked."""
+"""What is read out of the guide, and what the search makes of it."""
 
 import numpy as np
 import pytest
 import torch
 from pyro.infer import TraceGraph_ELBO
 from test_air import small_air
+from torch.distributions import Normal
 
-from inference import MostProbable, explain, infer, log_importance_weight, traces
-from modules import Step, image_to_object, object_to_image
+import inference
+from air import AIR
+from inference import explain, infer
+from modules import Look, Step, image_to_object, object_to_image
 
 
 @pytest.fixture
@@ -29,11 +32,11 @@ def test_the_guide_is_read_out(air, x):
     torch.manual_seed(5)
     slots = air.guide(x)
     assert float(seen.log_weight.sum()) == pytest.approx(elbo)
-    assert seen.q_count.sum(1).tolist() == pytest.approx([1] * 6)
+    assert seen.count_probs().sum(1).tolist() == pytest.approx([1] * 6)
     for i, count in enumerate(seen.counts.tolist()):
         assert count == sum(slot.z_pres[i] for slot in slots)
         a, b, c = (slot.z_pres_prob[i].item() for slot in slots)
-        assert seen.q_count[i].tolist() == pytest.approx([1 - a, a * (1 - b), a * b * (1 - c), a * b * c])
+        assert seen.count_probs()[i].tolist() == pytest.approx([1 - a, a * (1 - b), a * b * (1 - c), a * b * c])
         canvas = object_to_image(seen.z_where[i], air.decode(seen.z_what[i]), 50)[:count].sum(0).detach()
         for part in (seen.reconstruction[i], seen.canvases[i, count]):
             torch.testing.assert_close(part, canvas)
@@ -42,61 +45,136 @@ def test_the_guide_is_read_out(air, x):
         assert float(seen.explained[i]) == pytest.approx(1 - min(1, error / max(ink, 1e-6)))
 
 
-def test_without_sampling_nothing_is_left_to_chance(air, x):
-    """Neither random numbers nor the other images matter; of `z_pres` and poses, the likeliest value is taken."""
-    seen = infer(air, x, sample=False)
-    for first, again, alone in zip(seen, infer(air, x, sample=False), infer(air, x[2:3], sample=False)):
-        assert torch.equal(first, again)
-        torch.testing.assert_close(first[2:3], alone)
-    with MostProbable():
-        nodes = traces(air, x)[0].nodes
-    slots = nodes["_RETURN"]["value"]
-    likely = torch.stack([slot.z_pres_prob > 0.5 for slot in slots]).int().cumprod(0)
-    assert torch.equal(seen.counts, likely.sum(0)) and 0 < likely.sum() < 18
-    assert all(torch.equal(slot.z_where, nodes[f"z_where_{t}"]["fn"].mean) for t, slot in enumerate(slots))
+def dim_air(**options):
+    """Its objects are a little brighter than nothing: some of them pay."""
+    air = small_air(**options)
+    torch.nn.init.constant_(air.decode.mlp[-1].bias, 0.0)
+    return air
 
 
-def test_the_best_of_several_looks(air, x):
-    """Of each image all that the look with the largest weight saw; the first look is the plain one."""
-    with MostProbable():
-        looks = [log_importance_weight(air, x, look=look) for look in range(4)]
-    weights = torch.stack([weight for _, weight in looks])
-    best, seen = weights.argmax(0).tolist(), infer(air, x, sample=False, looks=4)
-    assert len({*best}) > 1 and torch.equal(seen.log_weight, weights.amax(0))
-    assert torch.equal(infer(air, x, sample=False).log_weight, weights[0])
-    for i, look in enumerate(best):
-        assert seen.counts[i] == sum(slot.z_pres[i] for slot in looks[look][0])
-        assert torch.equal(seen.canvases[i, 1:], torch.stack([slot.canvas[i] for slot in looks[look][0]]))
+def by_hand(air, x, most, moves):
+    """`explain` for one image `[h, h]`, by its docstring and without Pyro: the objects, the evidence, the best of each
+    count, and the objects taken off by each move."""
+    size, window = x.shape[-1], 2 / 3
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(air.z_what_size, generator=rng).double()
+    prior = Normal(torch.tensor([3.0, 0, 0]).double(), torch.tensor([0.2, 1, 1]).double())
+
+    def propose(canvas, place, shift):
+        look = Look(None if place is None else place[None], shift)
+        logit, loc, scale, _ = air.attend(Step(x[None], canvas[None], None, None, (), look))
+        mean, sd = air.encode(air.crop(loc, x[None], canvas[None]))
+        code = mean + sd * noise
+        log_p = prior.log_prob(loc).sum() + Normal(0, 1).log_prob(code).sum()
+        log_q = Normal(loc, scale).log_prob(loc).sum() + Normal(mean, sd).log_prob(code).sum()
+        return loc[0], object_to_image(loc, air.decode(code), size)[0], log_p - log_q - 12.0, logit.item()
+
+    def judge(objects):
+        canvas = sum((o[1] for o in objects), torch.zeros_like(x))
+        evidence = Normal(canvas, 0.3).log_prob(x).sum() + sum(o[2] for o in objects)
+        best[len(objects)] = max(best[len(objects)], float(evidence))
+        return float(evidence)
+
+    def place(o):
+        return -o[0][1:] / o[0][0].clamp(min=1)
+
+    def painted(objects):
+        return sum((o[1] for o in objects), torch.zeros_like(x))
+
+    best, found, idle, taken = [-np.inf] * (most + 1), [], 0, []
+    while len(found) < most and (new := propose(painted(found), None, torch.zeros(2)))[3] >= 0:
+        found.append(new)
+    evidence = judge(found)
+    for move in range(moves):
+        if idle >= 5 * (1 + len(found)):
+            break
+        uniform, shifts = torch.rand(most + 3, generator=rng).double(), torch.randn(most + 1, 3, generator=rng).double()
+        jitter, one = 0.15 * window * shifts[:2, :2], int(uniform[0] * len(found))
+        here = place(found[one]) if found else torch.zeros(2).double()
+        others = sorted(set(range(len(found))) - {one}, key=lambda i: (place(found[i]) - here).norm())
+        nearest = others[0] if others else one
+        looks, off = [(None, jitter[0]), (None, jitter[1])], {one, nearest}
+        if move % 4 == 0:
+            off = {i for i in range(len(found)) if uniform[3 + i] <= 0.4}
+        elif move % 4 == 2:
+            looks = [(here, jitter[0]), (place(found[nearest]) if found else here, jitter[0])]
+        elif move % 4 == 3:
+            reach = window * (0.3 + 0.2 * uniform[2])
+            shift = reach * torch.stack([(2 * np.pi * uniform[1]).cos(), (2 * np.pi * uniform[1]).sin()])
+            looks, off = [(here, shift), (here, -shift)], {one}
+        kept = [o for i, o in enumerate(found) if i not in off]
+        first = propose(painted(kept), *looks[0])
+        second = propose(painted([*kept, first]), *looks[1])
+        again = propose(painted([*kept, second]), place(first), torch.zeros(2))
+        last = propose(painted([*kept, again]), place(second), torch.zeros(2))
+        choices = [kept, [*kept, first], [*kept, first, second], [*kept, second, again], [*kept, again, last]]
+        choices = [(judge(choice), choice) for choice in choices if len(choice) <= most]
+        value, choice = max(choices, key=lambda pair: pair[0])
+        idle = 0 if value > evidence + 1 else idle + 1
+        taken.append(off)
+        if value > evidence + 1e-3:
+            evidence, found = value, choice
+    return found, evidence, best, taken
+
+
+@pytest.mark.parametrize("most", [3, 6])
+def test_the_search_is_what_its_docstring_says(x, most):
+    """For each image, against a slow one without Pyro: the objects, the evidence, and that of each other count."""
+    air, compared = dim_air(), 0
+    seen = explain(air, x, most, moves=30)
+    for i in range(len(x)):
+        with torch.no_grad():
+            objects, evidence, best, taken = by_hand(air, x[i], most, 30)
+        assert seen.counts[i] == len(objects) and float(seen.log_weight[i]) == pytest.approx(evidence)
+        assert seen.count_evidence[i].tolist() == pytest.approx(best)
+        for pose, (expected, *_) in zip(seen.z_where[i], objects):
+            torch.testing.assert_close(pose, expected)
+        compared += len(taken) > 10
+    assert compared > 1
 
 
 @pytest.mark.parametrize("kind", ["residual", "rnn"])
-def test_more_objects_than_in_training(kind, x):
-    """As many as are asked for. What predict.py reports: up to eight, by five looks, if the guide can use them."""
-    air = small_air(guide=kind)
-    (air.attend.present if kind == "residual" else air.attend.predict)[-1].bias.data.fill_(1000.0)
-    assert [infer(air, x, max_objects=n).counts.tolist() for n in (None, 5)] == [[3] * 6, [5] * 6]
-    by_hand = infer(air, x, False, 8, 5) if kind == "residual" else infer(air, x, False)
-    assert all(torch.equal(a, b) for a, b in zip(explain(air, x), by_hand))
-    assert explain(air, x, max_objects=2).counts.tolist() == [2] * 6
-    for wrong in ({"max_objects": 0}, {"max_objects": 51}, {"looks": 0}):
-        with pytest.raises(ValueError, match=f"^{[*wrong][0]} must be"):
-            infer(air, x, **wrong)
+def test_an_answer_depends_on_the_image_alone(kind, scenes):
+    """Not on its place among others, on their number, nor on random numbers."""
+    air, x = AIR(guide=kind), scenes.x[:70]
+    torch.nn.init.constant_(air.decode.mlp[-1].bias, 0.0)
+    seen = explain(air, x, moves=12)
+    assert len({*seen.counts.tolist()}) > 1
+    order = np.random.default_rng(0).permutation(70)
+    for other, which in ((explain(air, x[order], moves=12), order), (explain(air, x[5:6], moves=12), [5])):
+        assert torch.equal(seen.counts[which], other.counts)
+        for part in ("log_weight", "count_evidence", "explained", "reconstruction"):
+            torch.testing.assert_close(getattr(other, part), getattr(seen, part)[which], rtol=1e-6, atol=1e-5)
 
 
-def test_a_faint_canvas_among_others(air, x):
-    """It is not refused, nor is an empty one, and the others are seen as they are without them."""
-    faint = 0.05 / x[1].max() * x[1:2]
-    together = infer(air, torch.cat([x[:1], faint, 0 * faint, x[2:]]), sample=False)
-    for all_of_it, others in zip(together, infer(air, torch.cat([x[:1], x[2:]]), sample=False)):
-        torch.testing.assert_close(all_of_it[[0, 3, 4, 5, 6]], others)
+@pytest.mark.parametrize("kind", ["residual", "rnn"])
+def test_more_moves_have_more_evidence(kind, x):
+    air = dim_air(guide=kind)
+    none, some, many = (explain(air, x, moves=moves).log_weight for moves in (0, 8, 40))
+    assert (many >= some).all() and (some >= none).all() and (many > none).any()
+
+
+def test_how_many_objects_can_be_found(x, monkeypatch):
+    """One sample: as in training, or as many as are asked for. The search: eight, or more if training had more."""
+    monkeypatch.setattr(inference, "PRICE", -1e4)
+    for config, sampled, found in (({}, 3, 8), ({"max_objects": 12}, 12, 12), ({"guide": "rnn"}, 3, 3)):
+        air = small_air(**config)
+        (air.attend.present if air.sees_residual else air.attend.predict)[-1].bias.data.fill_(1000.0)
+        assert (
+            infer(air, x).counts.tolist() == [sampled] * 6 and explain(air, x, moves=2).counts.tolist() == [found] * 6
+        )
+        assert infer(air, x, 5).counts.tolist() == explain(air, x, 5, moves=2).counts.tolist() == [5] * 6
+    for wrong in ({"max_objects": 51}, {"moves": -1}):
+        with pytest.raises(ValueError, match="^max_objects is at most 50, and moves at least 0"):
+            explain(air, x, **wrong)
 
 
 @pytest.mark.filterwarnings("error")  # There is nothing to say of ordinary ones.
 def test_arrays_and_tensors_are_the_same_canvases(scenes):
     air, canvases = small_air().float(), scenes.x[:4]
-    expected = infer(air, torch.from_numpy(canvases).float() / 255, sample=False)
+    expected = explain(air, torch.from_numpy(canvases).float() / 255, moves=1)
     for x in (canvases, torch.from_numpy(canvases), canvases / np.float32(255)):
-        assert all(torch.equal(a, b) for a, b in zip(infer(air, x, sample=False), expected))
+        assert all(torch.equal(a, b) for a, b in zip(explain(air, x, moves=1), expected))
     with pytest.warns(UserWarning, match="1 of 4 canvases are not light on black"):
         infer(air, np.concatenate([255 - canvases[:1], canvases[1:]]))
 

@@ -10,12 +10,14 @@ from modules import (
     Decoder,
     Encoder,
     ImageLSTM,
+    Look,
     ResidualAttention,
     RNNAttention,
     Step,
     image_to_object,
     object_to_image,
     pose_to_box,
+    pose_to_place,
     to_channels,
 )
 
@@ -94,11 +96,22 @@ def test_the_canvas_is_dilated(attention):
     assert attention.residual(x, x.roll(2, 1)).max() == attention.residual(x, x.roll(2, 2)).max() == 1
 
 
-def test_each_look_starts_elsewhere(attention):
-    """A fifth of a window, of 2 / 3 in canvas coordinates, beside the peak, and each in another direction."""
-    away = torch.stack([attention.init_state(torch.rand(2, 50, 50), look)[0] for look in range(5)])
-    assert away[0].tolist() == [0, 0] and away[1:].norm(dim=-1).tolist() == pytest.approx([0.2 * 2 / 3] * 4)
-    assert torch.pdist(away).min() > 0.1
+def test_where_it_looks(attention):
+    """At the peak, or at a given place, or so far beside it: a shifted image is seen as the image was."""
+    x = torch.zeros(1, 50, 50)
+    x[:, 18:30, 20:28] = 1.0
+    at = attention.peak(attention.residual(x, 0 * x))
+    shift = torch.tensor([2 / 25, -4 / 25])  # a pixel is 1 / 25
+
+    def window(x, look):
+        return attention(Step(x, 0 * x, None, None, (), look))[1]
+
+    plain, moved = window(x, Look()), window(x.roll((-2, 1), (1, 2)), Look())
+    assert torch.equal(window(x, Look(at)), plain) and not torch.equal(window(x, Look(at, shift)), plain)
+    assert torch.equal(window(x, Look(None, shift)), window(x, Look(at + shift)))
+    torch.testing.assert_close(
+        pose_to_place(moved), pose_to_place(plain) + torch.tensor([1 / 25, -2 / 25]), atol=0.01, rtol=0
+    )
 
 
 def test_no_gradient_passes_through_the_canvas():

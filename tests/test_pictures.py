@@ -92,8 +92,8 @@ def test_training_survives_its_dashboard(run_main, monkeypatch, tmp_path, port):
     assert finished.stderr.count("no visdom server answers") == 3  # for the second and third, and for the last
     assert seen == [{"first": 1}, {"first": 4, "second": 4}] and np.mean(Image.open(run / "first.png")) == 5
     assert [line["step"] for line in metrics(run)] == [2, 4, 6, 6]
-    # The last pictures are of the evaluation that was written down: no other one looks several times.
-    assert evaluated[-1].items() <= metrics(run)[-1].items() and evaluated[-1]["count_accuracy_looks"] is not None
+    # The last pictures are of the evaluation that was written down: no other one has a search.
+    assert evaluated[-1].items() <= metrics(run)[-1].items() and evaluated[-1]["count_accuracy_search"] is not None
 
 
 def test_refusals(monkeypatch, tmp_path, port):
@@ -128,7 +128,7 @@ def test_mistakes_are_those_that_were_measured(run, data_file, monkeypatch):
     """A run's pictures show the very inference of which metrics.jsonl has the accuracy."""
     air, line, shown, draw_scenes = load_air(run[0]), metrics(run[0])[-1], [], viz.draw_scenes
     scenes = load_own_scenes(data_file, air.image_size, None, 3)[1]
-    evaluation = evaluate(air, scenes, several_looks=True)
+    evaluation = evaluate(air, scenes, measure_search=True)
     monkeypatch.setattr(viz, "draw_scenes", lambda *a, **k: shown.append(a) or draw_scenes(*a, **k))
     drawn = pictures.draw(air, "test", scenes, evaluation, metrics(run[0]))
     assert all(np.array_equal(drawn[name], Image.open(run[0] / f"{name}.png")) for name in NAMES)
