@@ -7,7 +7,8 @@ and again: objects are taken off, the guide proposes others for what is then lef
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +17,14 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from tqdm import tqdm
 
 from air import AIR, MAX_OBJECTS, Slot
 from modules import Look, image_to_object, pose_to_box, pose_to_place
 
 MOVES = 100  # at most, for an image
-PATIENCE = 5  # An image is done after this many moves without gain, for each of its objects and one more.
+PATIENCE = 6  # An image is done after this many moves without gain, for each of its objects and one more.
 MOST_OBJECTS = 8  # that are looked for, if not more in training: the residual guide finds more than it was shown
-PRICE = 12.0  # The prior on the count is p(n) ~ exp(-PRICE * n): strict, as in training.
+PRICE = 14.0  # The prior on the count is p(n) ~ exp(-PRICE * n): strict, as in training.
 TAKEN_OFF = 0.4  # the chance that an object is, where any may be
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
 TOGETHER = 32  # Always so many images are computed at once: rounding depends on it.
@@ -81,7 +81,7 @@ def infer(air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None) -> I
 
 @torch.no_grad()
 def explain(
-    air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None, moves: int = MOVES, seed: int = 0, bar=None
+    air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None, moves: int = MOVES, seed: int = 0
 ) -> Inference:
     """The best explanation that was found of the canvases `x` `[n, h, h]`, floats in [0, 1] or uint8, light on black
     (`images.to_canvases` makes them so).
@@ -101,7 +101,6 @@ def explain(
     max_objects: T, the most objects that can be found (None: MOST_OBJECTS, or those of training if more).
     moves: how many at most; an image that nothing was gained for in a while is done before, see PATIENCE.
     seed: of the chances above, which are the same for all images: what is found in one does not depend on others.
-    bar: the name of a progress bar to show.
 
     It is a search, not a sampler: `q(z_t)` is the density with which an object was proposed, on the canvas of that
     time; moves that lose evidence are never made; and one draw of the codes' noise stands for all. The idea of
@@ -109,32 +108,35 @@ def explain(
     The RNN guide has a memory, and cannot begin from any canvas: a move is one more sample of all objects.
     Raises ValueError for what cannot be canvases.
     """
-    most = max_objects or (max(MOST_OBJECTS, air.max_objects) if air.sees_residual else air.max_objects)
-    if most > MAX_OBJECTS or moves < 0:
-        raise ValueError(f"max_objects is at most {MAX_OBJECTS}, and moves at least 0")
+    most = max_objects
+    if most is None:
+        most = max(MOST_OBJECTS, air.max_objects) if air.sees_residual else air.max_objects
+    if not 1 <= most <= MAX_OBJECTS or moves < 0:
+        raise ValueError(f"max_objects must be from 1 to {MAX_OBJECTS}, and moves at least 0: {most}, {moves}")
     x, rng = check_canvases(air, x), torch.Generator().manual_seed(seed)
     code_noise = torch.randn(air.z_what_size, generator=rng).to(x)
     groups = padded(torch.arange(len(x), device=x.device))
-    parts = [whole(air, x[group], most, Given(code_noise)) for group in groups]
-    found = Explanation(*(torch.cat(part)[: len(x)] for part in zip(*parts)))
-    for move in tqdm(range(moves), bar, leave=False, delay=2, disable=None if bar else True):
-        todo = (found.idle < PATIENCE * (1 + found.counts)).nonzero()[:, 0]
-        if not len(todo):
-            break
-        # Drawn for all images, whatever becomes of each.
-        uniform, noise = torch.rand(most + 3, generator=rng).to(x), torch.randn(most + 1, 3, generator=rng).to(x)
-        for group in padded(todo):
-            before = Explanation(*(part[group] for part in found))
-            if air.sees_residual:
-                kept, looks = take_off(before, move, uniform, noise, air.attend.usual_window)
-                after = propose_again(air, x[group], before, kept, looks, Given(code_noise, threshold=0.0))
-            else:
-                after = whole(air, x[group], most, Given(code_noise, noise, 1 - uniform))
-            for part, new in zip(found, keep_better(before, after)):
-                part[group] = new
-    shown = x, found.counts, found.count_evidence, found.evidence, found.z_where, found.z_what, found.z_what_mean
-    parts = [describe(air, *(part[group] for part in shown)) for group in groups]
-    return Inference(*(torch.cat(part)[: len(x)] for part in zip(*parts)))
+    with evaluating(air):
+        parts = [whole(air, x[group], most, Given(code_noise)) for group in groups]
+        found = Explanation(*(torch.cat(part)[: len(x)] for part in zip(*parts)))
+        for move in range(moves):
+            todo = (found.idle < PATIENCE * (1 + found.counts)).nonzero()[:, 0]
+            if not len(todo):
+                break
+            # Drawn for all images, whatever becomes of each.
+            uniform, noise = torch.rand(most + 3, generator=rng).to(x), torch.randn(most + 1, 3, generator=rng).to(x)
+            for group in padded(todo):
+                before = Explanation(*(part[group] for part in found))
+                if air.sees_residual:
+                    kept, looks = take_off(before, move, uniform, noise, air.attend.usual_window)
+                    after = propose_again(air, x[group], before, kept, looks, Given(code_noise, threshold=0.0))
+                else:
+                    after = whole(air, x[group], most, Given(code_noise, noise, 1 - uniform))
+                for part, new in zip(found, keep_better(before, after)):
+                    part[group] = new
+        shown = x, found.counts, found.count_evidence, found.evidence, found.z_where, found.z_what, found.z_what_mean
+        parts = [describe(air, *(part[group] for part in shown)) for group in groups]
+        return Inference(*(torch.cat(part)[: len(x)] for part in zip(*parts)))
 
 
 def padded(index: Tensor) -> list[Tensor]:
@@ -161,17 +163,19 @@ def take_off(found: Explanation, move: int, uniform: Tensor, noise: Tensor, wind
     place = places[images, one]
     apart = (places - place[:, None]).norm(dim=-1).masked_fill(~used | (slots == one[:, None]), math.inf)
     nearest = torch.where(found.counts > 1, apart.argmin(1), one)
-    kind, jitter = move % 4, JITTER * window * noise[:2, :2]
-    if kind == 0:
-        return used & (uniform[3:] > TAKEN_OFF), [Look(None, jitter[0]), Look(None, jitter[1])]
-    if kind == 3:
-        turn, reach = 2 * math.pi * uniform[1], window * (SPLIT[0] + (SPLIT[1] - SPLIT[0]) * uniform[2])
-        shift = reach * torch.stack([turn.cos(), turn.sin()])
-        return used & (slots != one[:, None]), [Look(place, shift), Look(place, -shift)]
-    kept = used & (slots != one[:, None]) & (slots != nearest[:, None])
-    if kind == 1:
-        return kept, [Look(None, jitter[0]), Look(None, jitter[1])]
-    return kept, [Look(place, jitter[0]), Look(places[images, nearest], jitter[0])]
+    jitter, turn = JITTER * window * noise[:2, :2], 2 * math.pi * uniform[1]
+    aside = window * (SPLIT[0] + (SPLIT[1] - SPLIT[0]) * uniform[2]) * torch.stack([turn.cos(), turn.sin()])
+    peaks, others = [Look(None, jitter[0]), Look(None, jitter[1])], used & (slots != one[:, None])
+    match move % 4:
+        case 0:
+            return used & (uniform[3:] > TAKEN_OFF), peaks
+        case 1:
+            return others & (slots != nearest[:, None]), peaks
+        case 2:
+            own = [Look(place, jitter[0]), Look(places[images, nearest], jitter[0])]
+            return others & (slots != nearest[:, None]), own
+        case 3:
+            return others, [Look(place, aside), Look(place, -aside)]
 
 
 def propose_again(
@@ -263,16 +267,25 @@ def traces(
     air: AIR, x: Tensor, max_objects: int | None = None, canvas: Tensor | None = None, looks: Sequence[Look] = ()
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """A run of the guide, and the model replayed on it: their traces, with log-probabilities, as evaluated."""
-    training = air.training
-    air.eval()
-    try:
+    with evaluating(air):
         guide = poutine.trace(air.guide).get_trace(x, max_objects, canvas, looks)
         model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x, 1, max_objects, canvas)
-    finally:
-        air.train(training)
     guide.compute_log_prob()
     model.compute_log_prob()
     return guide, model
+
+
+@contextmanager
+def evaluating(air: AIR) -> Iterator[None]:
+    """Within it the AIR is as in evaluation; it is told so once, which takes a while."""
+    training = air.training
+    if training:
+        air.eval()
+    try:
+        yield
+    finally:
+        if training:
+            air.train()
 
 
 def log_weight(guide: poutine.Trace, model: poutine.Trace) -> Tensor:

@@ -67,7 +67,7 @@ def by_hand(air, x, most, moves):
         code = mean + sd * noise
         log_p = prior.log_prob(loc).sum() + Normal(0, 1).log_prob(code).sum()
         log_q = Normal(loc, scale).log_prob(loc).sum() + Normal(mean, sd).log_prob(code).sum()
-        return loc[0], object_to_image(loc, air.decode(code), size)[0], log_p - log_q - 12.0, logit.item()
+        return loc[0], object_to_image(loc, air.decode(code), size)[0], log_p - log_q - 14.0, logit.item()
 
     def judge(objects):
         canvas = sum((o[1] for o in objects), torch.zeros_like(x))
@@ -86,7 +86,7 @@ def by_hand(air, x, most, moves):
         found.append(new)
     evidence = judge(found)
     for move in range(moves):
-        if idle >= 5 * (1 + len(found)):
+        if idle >= 6 * (1 + len(found)):
             break
         uniform, shifts = torch.rand(most + 3, generator=rng).double(), torch.randn(most + 1, 3, generator=rng).double()
         jitter, one = 0.15 * window * shifts[:2, :2], int(uniform[0] * len(found))
@@ -164,8 +164,8 @@ def test_how_many_objects_can_be_found(x, monkeypatch):
             infer(air, x).counts.tolist() == [sampled] * 6 and explain(air, x, moves=2).counts.tolist() == [found] * 6
         )
         assert infer(air, x, 5).counts.tolist() == explain(air, x, 5, moves=2).counts.tolist() == [5] * 6
-    for wrong in ({"max_objects": 51}, {"moves": -1}):
-        with pytest.raises(ValueError, match="^max_objects is at most 50, and moves at least 0"):
+    for wrong in ({"max_objects": 0}, {"max_objects": 51}, {"moves": -1}):
+        with pytest.raises(ValueError, match="^max_objects must be from 1 to 50, and moves at least 0"):
             explain(air, x, **wrong)
 
 
