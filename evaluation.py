@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from air import AIR
 from images import largest_component_length
-from inference import MOVES, Inference, check_canvases, explain, infer, log_weight, traces
+from inference import Inference, check_canvases, explain, infer, log_weight, most_objects, traces
 from multi_mnist import Scenes
 
 # Of the canvases of a batch, 500 of multi-MNIST's scenes with T = 3: all that is painted then takes about 200 MB.
@@ -51,14 +51,14 @@ def evaluate(
     """Count accuracy, ELBO and the like on `scenes`, one sample of the guide per image.
 
     max_objects: T, the most objects that can be found, if not as many as in training.
-    measure_search: whether `inference.explain` is measured as well, with at most `max_objects` objects.
+    measure_search: whether `inference.explain` is measured as well, which looks for more objects if it can.
     temperature: of its probabilities, which are measured if it is given.
     With its own random numbers: whether and when it is called does not change a training run.
 
     The metrics are the part of a line of metrics.jsonl that is measured here, see docs/dashboard.md; baseline_r2 is of
     the first batch. What needs true counts, or the RNN baseline, is None if there are none.
     """
-    at_most, max_objects = max_objects, max_objects or air.max_objects
+    max_objects = max_objects or air.max_objects
     batch_size = batch_size or default_batch_size(air, max_objects)
     with seeded_rng(air.z_where_loc.device, seed):
         batches, first = [], []
@@ -88,16 +88,18 @@ def evaluate(
         metrics["count_accuracy"] = float((counts == scenes.counts).mean())
         metrics["count_accuracy_mode"] = float((modes == scenes.counts).mean())
         if measure_search:
-            metrics |= search_metrics(search(air, scenes.x, at_most), scenes.counts, temperature)
+            metrics |= search_metrics(
+                search(air, scenes.x, max(max_objects, most_objects(air))), scenes.counts, temperature
+            )
         metrics["confusion"] = confusion.tolist()
     return Evaluation(metrics, counts, boxes, Inference(*map(np.concatenate, zip(*first))))
 
 
-def search(air: AIR, x: np.ndarray, max_objects: int | None = None, moves: int = MOVES) -> Inference:
+def search(air: AIR, x: np.ndarray, max_objects: int | None = None) -> Inference:
     """`inference.explain` on canvases `x` `[n, h, h]`; of what it sees the first fields, which take little memory."""
     bar, parts = tqdm(total=len(x), desc="searching", unit="image", leave=False, delay=2), []
     for start in range(0, len(x), 160):
-        parts.append(explain(air, x[start : start + 160], max_objects, moves)[:5])
+        parts.append(explain(air, x[start : start + 160], max_objects)[:5])
         bar.update(len(parts[-1][0]))
     bar.close()
     return Inference(*map(torch.cat, zip(*parts)), *[None] * (len(Inference._fields) - 5))

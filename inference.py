@@ -98,7 +98,7 @@ def explain(
     3. the same; at their own places;
     4. one object; on both sides of its place. This finds two objects that lie under one window.
 
-    max_objects: T, the most objects that can be found (None: MOST_OBJECTS, or those of training if more).
+    max_objects: T, the most objects that can be found, if not `most_objects`.
     moves: how many at most; an image that nothing was gained for in a while is done before, see PATIENCE.
     seed: of the chances above, which are the same for all images: what is found in one does not depend on others.
 
@@ -108,9 +108,7 @@ def explain(
     The RNN guide has a memory, and cannot begin from any canvas: a move is one more sample of all objects.
     Raises ValueError for what cannot be canvases.
     """
-    most = max_objects
-    if most is None:
-        most = max(MOST_OBJECTS, air.max_objects) if air.sees_residual else air.max_objects
+    most = most_objects(air) if max_objects is None else max_objects
     if not 1 <= most <= MAX_OBJECTS or moves < 0:
         raise ValueError(f"max_objects must be from 1 to {MAX_OBJECTS}, and moves at least 0: {most}, {moves}")
     x, rng = check_canvases(air, x), torch.Generator().manual_seed(seed)
@@ -137,6 +135,11 @@ def explain(
         shown = x, found.counts, found.count_evidence, found.evidence, found.z_where, found.z_what, found.z_what_mean
         parts = [describe(air, *(part[group] for part in shown)) for group in groups]
         return Inference(*(torch.cat(part)[: len(x)] for part in zip(*parts)))
+
+
+def most_objects(air: AIR) -> int:
+    """How many are looked for: as many as in training, or MOST_OBJECTS if that is more and the guide has no memory."""
+    return max(MOST_OBJECTS, air.max_objects) if air.sees_residual else air.max_objects
 
 
 def padded(index: Tensor) -> list[Tensor]:

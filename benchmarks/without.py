@@ -26,10 +26,14 @@ from air import AIR
 from modules import Decoder, ResidualAttention, image_to_object, to_channels
 
 
-def whole_likelihood(self, x=None, num_scenes=1, max_objects=None, model=AIR.model):
-    """AIR.model, but "x" is observed as it is sampled: every choice is charged with how well the whole image fits."""
-    observed, n = ({}, num_scenes) if x is None else ({"x": x}, len(x))
-    return poutine.condition(model, observed)(self, num_scenes=n, max_objects=max_objects)
+def whole_likelihood(self, x=None, num_scenes=1, max_objects=None, canvas=None, model=AIR.model):
+    """AIR.model, but "x" is observed as it is sampled: every choice is charged with how well the whole image fits.
+
+    Only in training: the search needs the gains.
+    """
+    if x is None or not self.training:
+        return model(self, x, num_scenes, max_objects, canvas)
+    return poutine.condition(model, {"x": x})(self, None, len(x), max_objects)
 
 
 def centre(self, residual):

@@ -24,11 +24,14 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import inference  # noqa: E402
 import main  # noqa: E402
 import multi_mnist  # noqa: E402
 import training.svi  # noqa: E402
 from training.checkpoint import read_checkpoint  # noqa: E402
 from training.run import read_metrics as metrics  # noqa: E402
+
+inference.PATIENCE = 1  # The search finds little in what was hardly trained.
 
 LIMIT = 600  # seconds that an event is waited for, however slow the machine is
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(LIMIT)  # that torchrun gives processes which it tells to stop

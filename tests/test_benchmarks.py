@@ -90,7 +90,13 @@ def test_probes_tell_what_is_there_from_what_is_not(digits, monkeypatch):
 def test_report(run, digits, monkeypatch, tmp_path):
     """All of it, as if the run had been trained on multi-MNIST; and of an AIR that finds nothing."""
     some = multi_mnist.compose(*digits, 20, np.random.default_rng(0))
-    patched = {"load_split": lambda *_: some, "load_digits": lambda *_: digits, "PROBED": (60, 40), "UNLIKE": 10}
+    patched = {
+        "load_split": lambda *_: some,
+        "load_digits": lambda *_: digits,
+        "PROBED": (60, 40),
+        "UNLIKE": 10,
+        "MOVES_SHOWN": 3,
+    }
     for name, value in patched.items():
         monkeypatch.setattr(report, name, value)
     folder, checkpoint = shutil.copytree(run[0], tmp_path / "run"), torch.load(run[0] / "checkpoint.pt")
@@ -159,9 +165,9 @@ def test_without_a_part(x):
     whole, exact, other = train(None), train(None, "traceenum"), train("gains", "traceenum")
     assert all(not torch.equal(whole, train(part)) for part in without.PARTS) and torch.equal(whole, train(None))
     assert torch.allclose(exact, other, atol=1e-4) and not torch.allclose(exact, whole, atol=1e-4)
-    with without.left_out("gains"):
-        guide, model = traces(air, x)
-    gains = poutine.trace(poutine.replay(air.eval().model, trace=guide)).get_trace(x)
+    guide, gains = traces(air, x)
+    with without.left_out("gains"):  # only in training
+        model = poutine.trace(poutine.replay(air.train().model, trace=guide)).get_trace(x)
     assert gains.log_prob_sum().item() == pytest.approx(model.log_prob_sum().item()) and "gain_0" not in model
 
 

@@ -118,8 +118,9 @@ def by_hand(air, x, most, moves):
 
 
 @pytest.mark.parametrize("most", [3, 6])
-def test_the_search_is_what_its_docstring_says(x, most):
+def test_the_search_is_what_its_docstring_says(x, most, monkeypatch):
     """For each image, against a slow one without Pyro: the objects, the evidence, and that of each other count."""
+    monkeypatch.setattr(inference, "PATIENCE", 6)
     air, compared = dim_air(), 0
     seen = explain(air, x, most, moves=30)
     for i in range(len(x)):

@@ -13,6 +13,8 @@ BAD = {
     "-lr nan": "invalid float greater than 0 value: 'nan'",
     "-t 51": "at most 50",
     "--estimator traceenum --baseline rnn": "--baseline rnn cannot be combined with traceenum",
+    "--baseline none -blr 1": "--baseline-learning-rate: there is no baseline",
+    "--invert": "--invert and --no-invert need --data",
     "--seed -1": "--seed -1 is not between 0 and 4294967295",
     "--cuda": "no CUDA device",
     "--visdom maybe": "--visdom: not the URL of a visdom server",

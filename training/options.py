@@ -109,6 +109,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 raise UsageError(f"{flag(name)} cannot be combined with --eval-only")
     else:
         args.baseline = args.baseline or ("none" if args.estimator == "traceenum" else "rnn")
+        if args.baseline == "none" and args.baseline_learning_rate != parser.get_default("baseline_learning_rate"):
+            raise UsageError("--baseline-learning-rate: there is no baseline")
         args.out = run_folder(args.out, args.load, args.seed)
     return args
 
@@ -120,6 +122,10 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--cuda: no CUDA device was found" + ("; --no-cuda computes on the CPU" if args.load else ""))
     if args.eval_only and not args.load:
         raise UsageError("--eval-only needs --load")
+    if args.eval_only and world_size > 1:
+        raise UsageError("--eval-only cannot be combined with torchrun")
+    if args.invert is not None and not args.data:
+        raise UsageError("--invert and --no-invert need --data")
     if not 0 <= args.seed < 2**32:  # what every random number generator takes
         raise UsageError(f"--seed {args.seed} is not between 0 and {2**32 - 1}")
     if args.batch_size % world_size:

@@ -166,10 +166,13 @@ def record(folder: Path, split: str, state: State, metrics: dict) -> dict:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl in a run's folder, if there is one."""
+    """The lines of metrics.jsonl in a run's folder, if there is one. Raises UsageError if it is damaged."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # A line cut short is not one.
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # A line cut short is not one.
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
 
 
 # ----------------------------------------------------------------------------- the loop, and its end
