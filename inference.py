@@ -24,7 +24,9 @@ from modules import Look, image_to_object, pose_to_box, pose_to_place
 MOVES = 100  # at most, for an image
 PATIENCE = 6  # An image is done after this many moves without gain, for each of its objects and one more.
 MOST_OBJECTS = 8  # that are looked for, if not more in training: the residual guide finds more than it was shown
-PRICE = 14.0  # The prior on the count is p(n) ~ exp(-PRICE * n): strict, as in training.
+# The prior on the set of objects: exp(-PRICE) for each, and exp(-CROWDING) for each pair whose centres are less than
+# CLOSE usual windows apart, or pieces of one object would pass for several.
+PRICE, CROWDING, CLOSE = 6.0, 8.0, 0.6
 TAKEN_OFF = 0.4  # the chance that an object is, where any may be
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
 TOGETHER = 32  # Always so many images are computed at once: rounding depends on it.
@@ -60,7 +62,7 @@ class Explanation(NamedTuple):
     z_what_mean: Tensor  # [n, T, z_what_size]
     painted: Tensor  # [n, T, h, h]
     weight: Tensor  # [n, T], log p(z_where_t, z_what_t) - log q(z_where_t, z_what_t) - PRICE
-    evidence: Tensor  # [n], log p(x | z) and the sum of weights
+    evidence: Tensor  # [n], log p(x | z) and the sum of weights, less CROWDING for each close pair
     count_evidence: Tensor  # [n, T + 1], the most evidence of all explanations with so many objects
     idle: Tensor  # int64 [n], moves since the evidence last grew by more than a nat
 
@@ -87,8 +89,10 @@ def explain(
     (`images.to_canvases` makes them so).
 
     An explanation is a set of objects z; its evidence is
-    `log p(x | z) + sum_t (log p(z_t) - log q(z_t) - PRICE)`: an importance weight, which compares explanations with
-    different numbers of objects. A search goes through explanations, from that of the greedy guide on (`moves=0`). A
+    `log p(x | z) + sum_t (log p(z_t) - log q(z_t) - PRICE) - CROWDING * (number of close pairs)`: an importance weight,
+    which compares explanations with different numbers of objects. The prior on the set is that of a Strauss process: a
+    strict price for what is close to another object, a low one for what stands alone, or a thin digit would be left
+    out. A search goes through explanations, from that of the greedy guide on (`moves=0`). A
     move takes some objects off, lets the guide propose two for the canvas that remains, then each of the two again,
     now that the other is known. Of what this gives, and what there was, it keeps what has the most evidence.
     What is taken off, and where the guide then looks, is one of four, in turn:
@@ -126,7 +130,7 @@ def explain(
             for group in padded(todo):
                 before = Explanation(*(part[group] for part in found))
                 if air.sees_residual:
-                    kept, looks = take_off(before, move, uniform, noise, air.attend.usual_window)
+                    kept, looks = take_off(before, move, uniform, noise, 2 / air.z_where_loc[0])
                     after = propose_again(air, x[group], before, kept, looks, Given(code_noise, threshold=0.0))
                 else:
                     after = whole(air, x[group], most, Given(code_noise, noise, 1 - uniform))
@@ -152,6 +156,7 @@ def whole(air: AIR, x: Tensor, most: int, given: Messenger) -> Explanation:
     counts, *objects, log_likelihood = propose(air, x, torch.zeros_like(x), most, (), given)
     used = torch.arange(most, device=x.device) < counts[:, None]
     evidence = log_likelihood[:, -1] + (objects[-1] * used).sum(1)
+    evidence = evidence - CROWDING * close_pairs(objects[0], used[:, None], 2 / air.z_where_loc[0])[:, 0]
     seen = x.new_full((len(x), most + 1), -math.inf).scatter(1, counts[:, None], evidence[:, None])
     return Explanation(counts, *objects, evidence, seen, torch.zeros_like(counts))
 
@@ -202,6 +207,7 @@ def propose_again(
     objects = [torch.cat(parts, 1) for parts in zip(found[1:6], two, *again)]
     counts, most = used.sum(-1), kept.shape[1]
     evidence = torch.cat(log_likelihoods, 1) + (objects[-1][:, None] * used).sum(-1)
+    evidence = evidence - CROWDING * close_pairs(objects[0], used, 2 / air.z_where_loc[0])
     evidence = evidence.masked_fill(counts > most, -math.inf)
     seen = x.new_full((len(x), most + 1), -math.inf)
     seen = seen.scatter_reduce(1, counts.clamp(max=most), evidence, "amax")
@@ -211,6 +217,17 @@ def propose_again(
     objects = [part.take_along_dim(order.view(*order.shape, *[1] * (part.dim() - 2)), 1) for part in objects]
     evidence = evidence.take_along_dim(best, 1)[:, 0]
     return Explanation(used.sum(1), *objects, evidence, seen, torch.zeros_like(found.idle))
+
+
+def close_pairs(z_where: Tensor, used: Tensor, window: float) -> Tensor:
+    """How many pairs of objects are less than CLOSE windows apart, `[n, c]`, in c sets of objects for each image.
+
+    z_where: the poses of k objects, `[n, k, 3]`; used: which of them are in each set, bool `[n, c, k]`.
+    """
+    places, used = pose_to_place(z_where), used.to(z_where)
+    close = torch.cdist(places, places) < CLOSE * window
+    close.diagonal(dim1=1, dim2=2).zero_()
+    return ((used @ close.to(z_where)) * used).sum(-1) / 2
 
 
 def propose(air: AIR, x: Tensor, canvas: Tensor, most: int, looks: list[Look], given: Messenger) -> tuple[Tensor, ...]:

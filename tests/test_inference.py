@@ -1,5 +1,7 @@
 """What is read out of the guide, and what the search makes of it."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -67,11 +69,12 @@ def by_hand(air, x, most, moves):
         code = mean + sd * noise
         log_p = prior.log_prob(loc).sum() + Normal(0, 1).log_prob(code).sum()
         log_q = Normal(loc, scale).log_prob(loc).sum() + Normal(mean, sd).log_prob(code).sum()
-        return loc[0], object_to_image(loc, air.decode(code), size)[0], log_p - log_q - 14.0, logit.item()
+        return loc[0], object_to_image(loc, air.decode(code), size)[0], log_p - log_q - 6.0, logit.item()
 
     def judge(objects):
         canvas = sum((o[1] for o in objects), torch.zeros_like(x))
-        evidence = Normal(canvas, 0.3).log_prob(x).sum() + sum(o[2] for o in objects)
+        close = sum((place(a) - place(b)).norm() < 0.6 * window for a, b in itertools.combinations(objects, 2))
+        evidence = Normal(canvas, 0.3).log_prob(x).sum() + sum(o[2] for o in objects) - 8.0 * close
         best[len(objects)] = max(best[len(objects)], float(evidence))
         return float(evidence)
 

@@ -1,0 +1,56 @@
+"""What the moves of the search bring and cost: prints accuracy and time by how many there are at most.
+
+    OMP_NUM_THREADS=1 python benchmarks/moves.py runs/NAME
+
+For a run on multi-MNIST; scenes are made of test digits, T = 8. With 0 moves it is the greedy guide.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from seeds import markdown
+
+from inference import MOVES, explain
+from multi_mnist import compose, load_digits
+from training.checkpoint import build_air, read_checkpoint
+from training.options import one_line_errors, positive
+
+COUNTS = {"0 to 2 digits": (0, 2), "3": (3, 3), "4": (4, 4), "5": (5, 5)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="What the moves of the search bring.", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run on multi-MNIST")
+    parser.add_argument("-n", type=positive(int), default=500, help="scenes of each kind (default: %(default)s)")
+    parser.add_argument("--moves", type=int, nargs="+", default=[0, 5, 20, MOVES, 2 * MOVES], help="at most so many")
+    parser.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: the run's)")
+    args = parser.parse_args(argv)
+    with one_line_errors("moves.py"):
+        checkpoint, path = read_checkpoint(args.run)
+        air, digits = build_air(checkpoint, path), load_digits(False, args.data_dir or checkpoint["flags"]["data_dir"])
+        scenes = {
+            name: compose(*digits, args.n, np.random.default_rng([1, few]), air.image_size, many, min_digits=few)
+            for name, (few, many) in COUNTS.items()
+        }
+        rows = []
+        for moves in args.moves:
+            row = [f"{moves}"]
+            for x, counts, *_ in scenes.values():
+                started, right = time.perf_counter(), 0
+                for i in range(0, args.n, 160):
+                    right += (
+                        explain(air, x[i : i + 160], moves=moves).counts.cpu().numpy() == counts[i : i + 160]
+                    ).sum()
+                row.append(f"{right / args.n:.1%}, {(time.perf_counter() - started) / args.n * 1e3:.0f} ms")
+            rows.append(row)
+        print(markdown(["moves", *COUNTS], rows))
+
+
+if __name__ == "__main__":
+    main()
