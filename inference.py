@@ -191,22 +191,18 @@ def propose_again(
 ) -> Explanation:
     """The best of what can be made of the objects that are kept and two that the guide proposes, see `explain`."""
     canvas = (found.painted * kept[..., None, None]).sum(1)
-    _, *two, log_likelihood = propose(air, x, canvas, 2, looks, given)
-    z_where, painted = two[0], two[3]
-    again, log_likelihoods = [], [log_likelihood]
-    for new, other in ((0, painted[:, 1]), (1, None)):
-        other = again[0][3][:, 0] if other is None else other
-        look = Look(pose_to_place(z_where[:, new]))
-        _, *one, log_likelihood = propose(air, x, canvas + other, 1, [look], given)
-        again.append(one)
-        log_likelihoods.append(log_likelihood[:, 1:])
+    _, *two, after_two = propose(air, x, canvas, 2, looks, given)
+    places, painted = pose_to_place(two[0]), two[3]
+    _, *first, after_first = propose(air, x, canvas + painted[:, 1], 1, [Look(places[:, 0])], given)
+    _, *second, after_second = propose(air, x, canvas + first[3][:, 0], 1, [Look(places[:, 1])], given)
+    log_likelihood = torch.cat([after_two, after_first[:, 1:], after_second[:, 1:]], 1)
     # Of the two, and the two again: none, the first, both, the first again and the second, both again.
     choices = [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     choices = torch.tensor(choices, dtype=torch.bool, device=x.device).expand(len(x), -1, -1)
     used = torch.cat([kept[:, None].expand(-1, 5, -1), choices], -1)
-    objects = [torch.cat(parts, 1) for parts in zip(found[1:6], two, *again)]
+    objects = [torch.cat(parts, 1) for parts in zip(found[1:6], two, first, second)]
     counts, most = used.sum(-1), kept.shape[1]
-    evidence = torch.cat(log_likelihoods, 1) + (objects[-1][:, None] * used).sum(-1)
+    evidence = log_likelihood + (objects[-1][:, None] * used).sum(-1)
     evidence = evidence - CROWDING * close_pairs(objects[0], used, 2 / air.z_where_loc[0])
     evidence = evidence.masked_fill(counts > most, -math.inf)
     seen = x.new_full((len(x), most + 1), -math.inf)

@@ -31,7 +31,8 @@ import training.svi  # noqa: E402
 from training.checkpoint import read_checkpoint  # noqa: E402
 from training.run import read_metrics as metrics  # noqa: E402
 
-inference.PATIENCE = 1  # The search finds little in what was hardly trained.
+# The search finds little in what was hardly trained, and few images are looked at.
+inference.PATIENCE, inference.TOGETHER = 1, 4
 
 LIMIT = 600  # seconds that an event is waited for, however slow the machine is
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(LIMIT)  # that torchrun gives processes which it tells to stop

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import coins
 import estimators
+import moves
 import numpy as np
 import pyro
 import pytest
@@ -113,7 +114,9 @@ def test_report(run, digits, monkeypatch, tmp_path):
     low, high = counting["count_accuracy_interval"]
     assert low < counting["count_accuracy"] < high and counting["importance_bound_100"] > counting["elbo"]
     assert [(part["digits"], part["max_objects"]) for part in more] == [(3, 3), (3, 8), (4, 8), (5, 8)]
+    assert sum(number for *_, number in measured["reliability"]) == 10
     assert (folder / "report.png").stat().st_size > (folder / "unseen.png").stat().st_size > 10_000
+    assert (folder / "search.png").exists() and (folder / "reliability.png").stat().st_size > 5_000
     air = AIR()
     torch.nn.init.constant_(air.attend.present[-1].bias, -500)
     assert report.localisation(report.infer_all(air, some.x), some)["all"]["pairs"] == 0
@@ -198,7 +201,7 @@ def test_scripts_print_what_they_measured_of_a_finished_run(run, digits, scenes,
         shutil.copytree(run[0], tmp_path / name)
         shutil.copy(run[0] / "checkpoint.pt", tmp_path / name / "middle.pt")
     patched = [(report, "UNLIKE", 10), (coins, "CANVAS", 50), (estimators, "load_split", lambda *_: scenes)]
-    for patch in [*patched, *((script, "load_digits", lambda *_: digits) for script in (seeds, unlike))]:
+    for patch in [*patched, *((script, "load_digits", lambda *_: digits) for script in (moves, seeds, unlike))]:
         monkeypatch.setattr(*patch)
     last, rows = metrics(run[0])[-1], rows_of(seeds, "--whole", "--seeds", 3, "--out", tmp_path, "--unseen")
     one, searched, elbo = f"{last['count_accuracy']:.2%}", f"{last['count_accuracy_search']:.2%}", f"{last['elbo']:.1f}"
@@ -209,6 +212,8 @@ def test_scripts_print_what_they_measured_of_a_finished_run(run, digits, scenes,
     rows = [row[0] for row in rows_of(estimators, "--seeds", 0, "--draws", 2, "-b", 8, "--out", tmp_path)]
     assert rows[2:5] == [*estimators.ESTIMATORS] and rows[7:] == ["0"] * 3 + ["6"] * 6
     assert "of 100 crops counted right" in call(coins.main, tmp_path / "seed3").stdout
+    rows = rows_of(moves, run[0], "-n", 6, "--moves", 0, 2)
+    assert [row[0] for row in rows] == ["moves", "---", "0", "2"] and all(row[4].endswith(" ms") for row in rows[2:])
     lines = call(unlike.main, run[0], "-n", 2).stdout.splitlines()
     assert len(lines) == 17 and all(0 <= float(line.split()[-1].rstrip("%")) <= 100 for line in lines)
 

@@ -138,8 +138,9 @@ def test_the_search_is_what_its_docstring_says(x, most, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["residual", "rnn"])
-def test_an_answer_depends_on_the_image_alone(kind, scenes):
+def test_an_answer_depends_on_the_image_alone(kind, scenes, monkeypatch):
     """Not on its place among others, on their number, nor on random numbers."""
+    monkeypatch.setattr(inference, "TOGETHER", 32)
     air, x = AIR(guide=kind), scenes.x[:70]
     torch.nn.init.constant_(air.decode.mlp[-1].bias, 0.0)
     seen = explain(air, x, moves=12)
