@@ -110,11 +110,11 @@ def repairs(air: AIR, scenes: Scenes) -> np.ndarray:
     pictures, boxes, captions = [], [], []
     for i in mended:
         better = [0, *(m for m in range(1, MOVES_SHOWN + 1) if evidence[m, i] > evidence[m - 1, i] + 1)]
-        for m in np.resize([*better[:7], better[-1]] if len(better) > 8 else better, 8):
+        for m in [*better[:7], *[better[-1]] * 8][:8]:  # the last one fills the row
             pictures.append(scenes.x[i])
             boxes.append(steps[m].boxes[i, : counts[m, i]].cpu().numpy())
-            captions.append(f"move {m}: {counts[m, i]} objects, {evidence[m, i]:.0f} nats")
-    return viz.draw_scenes(pictures, boxes, captions, 8)
+            captions.append(f"move {m}: {counts[m, i]} ({evidence[m, i]:.0f})")
+    return viz.draw_scenes(pictures, boxes, captions, 8, "After which move: how many objects (evidence, nats)")
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
