@@ -109,8 +109,7 @@ def train(args, processes: Processes, resumes: bool) -> None:
                 pictures.show(air, "validation", validation_scenes)
             run.exit_on_signal(processes, args.out, state.step)
     if processes.is_main:
-        temperature = state.reference and state.reference.temperature
-        evaluation = evaluate(air, test_scenes, measure_search=True, temperature=temperature)
+        evaluation = evaluate(air, test_scenes, None, True, state.reference and state.reference.temperature)
         result = run.record(args.out, "test", state, evaluation.metrics)
         pictures.show(air, "test", test_scenes, evaluation)
         print(summary(result, args.out))
