@@ -17,6 +17,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import Normal
 
 from air import AIR, MAX_OBJECTS, Slot
 from modules import Look, image_to_object, pose_to_box, pose_to_place
@@ -29,6 +30,7 @@ MOST_OBJECTS = 8  # that are looked for, if not more in training: the residual g
 PRICE, CROWDING, CLOSE = 6.0, 8.0, 0.6
 TAKEN_OFF = 0.4  # the chance that an object is, where any may be
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
+OUTSIDE = 1e6  # nats that an object is charged where none may be
 TOGETHER = 32  # Always so many images are computed at once: rounding depends on it.
 
 
@@ -65,6 +67,15 @@ class Explanation(NamedTuple):
     evidence: Tensor  # [n], log p(x | z) and the sum of weights, less CROWDING for each close pair
     count_evidence: Tensor  # [n, T + 1], the most evidence of all explanations with so many objects
     idle: Tensor  # int64 [n], moves since the evidence last grew by more than a nat
+
+
+class View(NamedTuple):
+    """Canvases `[n, h, h]`, alone or as parts of larger images, in which objects lie that are not to be changed."""
+
+    x: Tensor  # [n, h, h]
+    canvas: Tensor  # [n, h, h], what those objects paint
+    around: Tensor  # [n, k, 2], their places in canvas coordinates; far away where there are fewer than k
+    within: Tensor  # [n, 4], the left, top, right and bottom edge of where other objects may have their centres
 
 
 @torch.no_grad()
@@ -115,30 +126,46 @@ def explain(
     most = most_objects(air) if max_objects is None else max_objects
     if not 1 <= most <= MAX_OBJECTS or moves < 0:
         raise ValueError(f"max_objects must be from 1 to {MAX_OBJECTS}, and moves at least 0: {most}, {moves}")
-    x, rng = check_canvases(air, x), torch.Generator().manual_seed(seed)
-    code_noise = torch.randn(air.z_what_size, generator=rng).to(x)
-    groups = padded(torch.arange(len(x), device=x.device))
+    x = check_canvases(air, x)
+    edges = x.new_tensor([-math.inf, -math.inf, math.inf, math.inf]).expand(len(x), 4)
+    view = View(x, torch.zeros_like(x), x.new_zeros(len(x), 0, 2), edges)
     with evaluating(air):
-        parts = [whole(air, x[group], most, Given(code_noise)) for group in groups]
-        found = Explanation(*(torch.cat(part)[: len(x)] for part in zip(*parts)))
-        for move in range(moves):
-            todo = (found.idle < PATIENCE * (1 + found.counts)).nonzero()[:, 0]
-            if not len(todo):
-                break
-            # Drawn for all images, whatever becomes of each.
-            uniform, noise = torch.rand(most + 3, generator=rng).to(x), torch.randn(most + 1, 3, generator=rng).to(x)
-            for group in padded(todo):
-                before = Explanation(*(part[group] for part in found))
-                if air.sees_residual:
-                    kept, looks = take_off(before, move, uniform, noise, 2 / air.z_where_loc[0])
-                    after = propose_again(air, x[group], before, kept, looks, Given(code_noise, threshold=0.0))
-                else:
-                    after = whole(air, x[group], most, Given(code_noise, noise, 1 - uniform))
-                for part, new in zip(found, keep_better(before, after)):
-                    part[group] = new
+        found = search(air, view, most, moves, seed)
         shown = x, found.counts, found.count_evidence, found.evidence, found.z_where, found.z_what, found.z_what_mean
-        parts = [describe(air, *(part[group] for part in shown)) for group in groups]
+        parts = [describe(air, *(part[group] for part in shown)) for group in padded(torch.arange(len(x)))]
         return Inference(*(torch.cat(part)[: len(x)] for part in zip(*parts)))
+
+
+def search(
+    air: AIR, view: View, most: int, moves: int, seed: int, found: Explanation | None = None
+) -> Explanation:
+    """The best explanations of `view` with at most `most` objects, see `explain`; `found` is what to begin with."""
+    n, rng = len(view.x), torch.Generator().manual_seed(seed)
+    code_noise = torch.randn(air.z_what_size, generator=rng).to(view.x)
+    if found is None:
+        parts = [whole(air, some(view, group), most, Given(code_noise)) for group in padded(torch.arange(n))]
+        found = Explanation(*(torch.cat(part)[:n] for part in zip(*parts)))
+    for move in range(moves):
+        todo = (found.idle < PATIENCE * (1 + found.counts)).nonzero()[:, 0]
+        if not len(todo):
+            break
+        # Drawn for all images, whatever becomes of each.
+        uniform, noise = torch.rand(most + 3, generator=rng).to(view.x), torch.randn(most + 1, 3, generator=rng).to(view.x)
+        for group in padded(todo):
+            before, part_of_view = some(found, group), some(view, group)
+            if air.sees_residual:
+                kept, looks = take_off(before, move, uniform, noise, 2 / air.z_where_loc[0], part_of_view.within)
+                after = propose_again(air, part_of_view, before, kept, looks, Given(code_noise, threshold=0.0))
+            else:
+                after = whole(air, part_of_view, most, Given(code_noise, noise, 1 - uniform))
+            for part, new in zip(found, keep_better(before, after)):
+                part[group] = new
+    return found
+
+
+def some(parts: NamedTuple, index: Tensor) -> NamedTuple:
+    """Of all parts those at some indices."""
+    return type(parts)(*(part[index] for part in parts))
 
 
 def most_objects(air: AIR) -> int:
@@ -151,17 +178,33 @@ def padded(index: Tensor) -> list[Tensor]:
     return [group[torch.arange(TOGETHER, device=index.device) % len(group)] for group in index.split(TOGETHER)]
 
 
-def whole(air: AIR, x: Tensor, most: int, given: Messenger) -> Explanation:
-    """One run of the guide, from an empty canvas."""
-    counts, *objects, log_likelihood = propose(air, x, torch.zeros_like(x), most, (), given)
-    used = torch.arange(most, device=x.device) < counts[:, None]
-    evidence = log_likelihood[:, -1] + (objects[-1] * used).sum(1)
-    evidence = evidence - CROWDING * close_pairs(objects[0], used[:, None], 2 / air.z_where_loc[0])[:, 0]
-    seen = x.new_full((len(x), most + 1), -math.inf).scatter(1, counts[:, None], evidence[:, None])
-    return Explanation(counts, *objects, evidence, seen, torch.zeros_like(counts))
+def whole(air: AIR, view: View, most: int, given: Messenger) -> Explanation:
+    """One run of the guide."""
+    looks = [Look(within=view.within)] * most
+    z_pres, *objects, _ = propose(air, view, view.canvas, most, looks, given)
+    return explanation(air, view, objects, z_pres.bool() & (objects[-1] > -OUTSIDE / 2))
 
 
-def take_off(found: Explanation, move: int, uniform: Tensor, noise: Tensor, window: float) -> tuple[Tensor, list[Look]]:
+def explanation(air: AIR, view: View, objects: Sequence[Tensor], used: Tensor) -> Explanation:
+    """The one of the objects (the fields z_where to weight) that are used, bool `[n, T]`."""
+    canvas = view.canvas + (objects[3] * used[..., None, None]).sum(1)
+    evidence = Normal(canvas, air.likelihood_sd).log_prob(view.x).sum((1, 2)) + (objects[-1] * used).sum(1)
+    evidence = evidence - CROWDING * close_pairs(objects[0], used[:, None], view.around, 2 / air.z_where_loc[0])[:, 0]
+    counts = used.sum(1)
+    seen = evidence.new_full((len(used), used.shape[1] + 1), -math.inf).scatter(1, counts[:, None], evidence[:, None])
+    return Explanation(counts, *used_first(objects, used), evidence, seen, torch.zeros_like(counts))
+
+
+def used_first(objects: Sequence[Tensor], used: Tensor) -> list[Tensor]:
+    """The objects with the used ones before the others."""
+    order = (~used).long().argsort(dim=1, stable=True)
+    rows = torch.arange(len(used), device=used.device)[:, None]
+    return [part[rows, order] for part in objects]
+
+
+def take_off(
+    found: Explanation, move: int, uniform: Tensor, noise: Tensor, window: float, within: Tensor
+) -> tuple[Tensor, list[Look]]:
     """Which objects stay, bool `[n, T]`, and where to look for two others: one of the four kinds of `explain`."""
     n, most = found.weight.shape
     slots, images = torch.arange(most, device=uniform.device), torch.arange(n, device=uniform.device)
@@ -173,7 +216,7 @@ def take_off(found: Explanation, move: int, uniform: Tensor, noise: Tensor, wind
     nearest = torch.where(found.counts > 1, apart.argmin(1), one)
     jitter, turn = JITTER * window * noise[:2, :2], 2 * math.pi * uniform[1]
     aside = window * (SPLIT[0] + (SPLIT[1] - SPLIT[0]) * uniform[2]) * torch.stack([turn.cos(), turn.sin()])
-    peaks, others = [Look(None, jitter[0]), Look(None, jitter[1])], used & (slots != one[:, None])
+    peaks, others = [Look(None, jitter[0], within), Look(None, jitter[1], within)], used & (slots != one[:, None])
     match move % 4:
         case 0:
             return used & (uniform[3:] > TAKEN_OFF), peaks
@@ -187,50 +230,52 @@ def take_off(found: Explanation, move: int, uniform: Tensor, noise: Tensor, wind
 
 
 def propose_again(
-    air: AIR, x: Tensor, found: Explanation, kept: Tensor, looks: list[Look], given: Messenger
+    air: AIR, view: View, found: Explanation, kept: Tensor, looks: list[Look], given: Messenger
 ) -> Explanation:
     """The best of what can be made of the objects that are kept and two that the guide proposes, see `explain`."""
-    canvas = (found.painted * kept[..., None, None]).sum(1)
-    _, *two, after_two = propose(air, x, canvas, 2, looks, given)
+    canvas = view.canvas + (found.painted * kept[..., None, None]).sum(1)
+    _, *two, after_two = propose(air, view, canvas, 2, looks, given)
     places, painted = pose_to_place(two[0]), two[3]
-    _, *first, after_first = propose(air, x, canvas + painted[:, 1], 1, [Look(places[:, 0])], given)
-    _, *second, after_second = propose(air, x, canvas + first[3][:, 0], 1, [Look(places[:, 1])], given)
+    _, *first, after_first = propose(air, view, canvas + painted[:, 1], 1, [Look(places[:, 0])], given)
+    _, *second, after_second = propose(air, view, canvas + first[3][:, 0], 1, [Look(places[:, 1])], given)
     log_likelihood = torch.cat([after_two, after_first[:, 1:], after_second[:, 1:]], 1)
     # Of the two, and the two again: none, the first, both, the first again and the second, both again.
     choices = [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-    choices = torch.tensor(choices, dtype=torch.bool, device=x.device).expand(len(x), -1, -1)
+    choices = torch.tensor(choices, dtype=torch.bool, device=canvas.device).expand(len(canvas), -1, -1)
     used = torch.cat([kept[:, None].expand(-1, 5, -1), choices], -1)
     objects = [torch.cat(parts, 1) for parts in zip(found[1:6], two, first, second)]
     counts, most = used.sum(-1), kept.shape[1]
     evidence = log_likelihood + (objects[-1][:, None] * used).sum(-1)
-    evidence = evidence - CROWDING * close_pairs(objects[0], used, 2 / air.z_where_loc[0])
+    evidence = evidence - CROWDING * close_pairs(objects[0], used, view.around, 2 / air.z_where_loc[0])
     evidence = evidence.masked_fill(counts > most, -math.inf)
-    seen = x.new_full((len(x), most + 1), -math.inf)
+    seen = evidence.new_full((len(evidence), most + 1), -math.inf)
     seen = seen.scatter_reduce(1, counts.clamp(max=most), evidence, "amax")
     best = evidence.argmax(1, keepdim=True)
     used = used.take_along_dim(best[..., None], 1)[:, 0]
-    order = (~used).long().argsort(dim=1, stable=True)[:, :most]  # used ones first
-    objects = [part.take_along_dim(order.view(*order.shape, *[1] * (part.dim() - 2)), 1) for part in objects]
+    objects = [part[:, :most] for part in used_first(objects, used)]
     evidence = evidence.take_along_dim(best, 1)[:, 0]
     return Explanation(used.sum(1), *objects, evidence, seen, torch.zeros_like(found.idle))
 
 
-def close_pairs(z_where: Tensor, used: Tensor, window: float) -> Tensor:
+def close_pairs(z_where: Tensor, used: Tensor, around: Tensor, window: float) -> Tensor:
     """How many pairs of objects are less than CLOSE windows apart, `[n, c]`, in c sets of objects for each image.
 
-    z_where: the poses of k objects, `[n, k, 3]`; used: which of them are in each set, bool `[n, c, k]`.
+    z_where: the poses of k objects, `[n, k, 3]`; used: which of them are in each set, bool `[n, c, k]`; around: the
+    places of others, that are in all sets.
     """
     places, used = pose_to_place(z_where), used.to(z_where)
-    close = torch.cdist(places, places) < CLOSE * window
-    close.diagonal(dim1=1, dim2=2).zero_()
-    return ((used @ close.to(z_where)) * used).sum(-1) / 2
+    near, beside = (torch.cdist(places, others) < CLOSE * window for others in (places, around))
+    near.diagonal(dim1=1, dim2=2).zero_()
+    return ((used @ near.to(used)) * used).sum(-1) / 2 + (used @ beside.sum(-1, keepdim=True).to(used))[..., 0]
 
 
-def propose(air: AIR, x: Tensor, canvas: Tensor, most: int, looks: list[Look], given: Messenger) -> tuple[Tensor, ...]:
-    """What the guide finds on images `x` when `canvas` is painted already: for each the count, the fields of
+def propose(
+    air: AIR, view: View, canvas: Tensor, most: int, looks: list[Look], given: Messenger
+) -> tuple[Tensor, ...]:
+    """What the guide finds in a view when `canvas` is painted already: for each step z_pres, the fields of
     `Explanation` from z_where to weight, and `log p(x | z)` after none, one, .. of the objects, `[n, most + 1]`."""
     with given, pyro.validation_enabled(False):
-        guide, model = traces(air, x, most, canvas, looks)
+        guide, model = traces(air, view.x, most, canvas, looks)
     _, z_pres, *objects, canvases = by_step(guide.nodes["_RETURN"]["value"])
     painted = canvases - torch.cat([canvas[:, None], canvases[:, :-1]], 1)
 
@@ -238,8 +283,13 @@ def propose(air: AIR, x: Tensor, canvas: Tensor, most: int, looks: list[Look], g
         return torch.stack([trace.nodes[f"{name}_{t}"]["log_prob"] for t in range(most)], 1)
 
     weight = sum(log_prob(model, name) - log_prob(guide, name) for name in ("z_where", "z_what")) - PRICE
+    # Wherever an object lies, it is as probable as in the middle.
+    z_where, places = objects[0], pose_to_place(objects[0])
+    weight = weight + (z_where[..., 1:] / air.z_where_scale[1:]).square().sum(-1) / 2
+    outside = (places < view.within[:, None, :2]) | (places > view.within[:, None, 2:])
+    weight = weight - OUTSIDE * outside.any(-1)
     gains = torch.cat([model.nodes["empty"]["log_prob"][:, None], log_prob(model, "gain")], 1)
-    return z_pres.sum(1).long(), *objects, painted, weight, gains.cumsum(1)
+    return z_pres, *objects, painted, weight, gains.cumsum(1)
 
 
 def by_step(slots: list[Slot]) -> list[Tensor]:
@@ -339,15 +389,23 @@ def describe(
 
 def check_canvases(air: AIR, x: Tensor | np.ndarray) -> Tensor:
     """The canvases as floats in [0, 1], where the model is. Raises ValueError for what cannot be such."""
+    x = check_values(air, x)
+    if x.shape[1:] != (air.image_size, air.image_size):
+        raise ValueError(f"canvases have shape {list(x.shape)}, expected [n, {air.image_size}, {air.image_size}]")
+    light = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1).median(1)[0] > 0.5
+    if light.any():
+        warnings.warn(f"{light.sum()} of {len(x)} canvases are not light on black: images.to_canvases makes them so")
+    return x
+
+
+def check_values(air: AIR, x: Tensor | np.ndarray) -> Tensor:
+    """Greys of any shape as floats in [0, 1], where the model is. Raises ValueError for what cannot be such."""
     if isinstance(x, np.ndarray):  # PyTorch takes no other byte order and no negative strides.
         x = np.array(x, x.dtype.newbyteorder("="))
     x = torch.as_tensor(x, device=air.z_where_loc.device)
     x = (x / 255 if x.dtype == torch.uint8 else x).to(air.z_where_loc)
-    if x.shape[1:] != (air.image_size, air.image_size) or not x.numel():
-        raise ValueError(f"canvases have shape {list(x.shape)}, expected [n, {air.image_size}, {air.image_size}]")
+    if not x.numel():
+        raise ValueError(f"canvases have shape {list(x.shape)}")
     if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
         raise ValueError("canvases have values outside [0, 1], or NaN")
-    light = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1).median(1)[0] > 0.5
-    if light.any():
-        warnings.warn(f"{light.sum()} of {len(x)} canvases are not light on black: images.to_canvases makes them so")
     return x

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
 MIN_SCALE = 1.0
+import os
+REACH = float(os.environ.get('REACH', '1.0'))
 PosePrior = tuple[tuple[float, float, float], tuple[float, float, float]]  # its mean and standard deviation
 
 
@@ -22,6 +24,7 @@ class Look(NamedTuple):
 
     place: Tensor | None = None  # [n, 2]; the peak of the residual, if not given
     shift: Tensor | float = 0.0  # [2]
+    within: Tensor | None = None  # [n, 4]; the left, top, right and bottom edge of where a peak may be
 
 
 class Step(NamedTuple):
@@ -200,6 +203,7 @@ class ResidualAttention(nn.Module):
         self.usual_window = 2 / prior[0][0]  # the side of an ordinary window, in canvas coordinates
         window = image_size / prior[0][0]  # and in pixels
         self.dilation = 2 * round(window / 16) + 1  # the side of the square that the canvas is dilated by, in pixels
+        self.reach = 2 * round(window * REACH / 2) + 1
         # Sums over squares are products with matrices of ones near the diagonal, from both sides.
         apart = (torch.arange(image_size)[:, None] - torch.arange(image_size)).abs()
         for name, width in (("inner", 0.78 * window), ("outer", 1.5 * window)):
@@ -231,17 +235,31 @@ class ResidualAttention(nn.Module):
         return (image - dilated).clamp(min=0)
 
     @torch.no_grad()
-    def peak(self, residual: Tensor) -> Tensor:
-        """The place `[batch, 2]` where most is left, (x, y) in canvas coordinates."""
+    def peak(self, residual: Tensor, within: Tensor | None) -> Tensor:
+        """The place `[batch, 2]` where most is left, (x, y) in canvas coordinates; see `Look` for `within`."""
         size = residual.shape[-1]
         score = self.inner @ residual @ self.inner - self.outer @ residual @ self.outer
+        if within is not None:
+            inside = (self.centres >= within[:, :2, None]) & (self.centres <= within[:, 2:, None])
+            score = score.where(self.is_highest(score) & inside[:, 1, :, None] & inside[:, 0, None], -torch.inf)
         at = score.flatten(1).argmax(-1)
         return torch.stack([self.centres[at % size], self.centres[at // size]], -1)
+
+    def is_highest(self, score: Tensor) -> Tensor:
+        """Where a score `[batch, h, h]` is the highest within half a usual window."""
+        highest = pad(score, (self.reach // 2,) * 4, value=-torch.inf)
+        for dim in (1, 2):
+            width = 1
+            while width < self.reach:  # The highest of `width` pixels becomes that of up to twice as many.
+                step = min(width, self.reach - width)
+                n = highest.shape[dim] - step
+                highest, width = torch.maximum(highest.narrow(dim, 0, n), highest.narrow(dim, step, n)), width + step
+        return score >= highest
 
     def forward(self, step: Step) -> tuple[Tensor, Tensor, Tensor, tuple]:
         """The logit of `z_pres` `[batch]`, mean and sd of `z_where` `[batch, 3]` each, and the state."""
         residual = self.residual(step.image, step.canvas)
-        place = self.peak(residual) if step.look.place is None else step.look.place
+        place = self.peak(residual, step.look.within) if step.look.place is None else step.look.place
         place, seen = place + step.look.shift, to_channels(residual, step.image)
         s = self.z_where_loc[0]
         window = torch.cat([s.expand(len(place), 1), -s * place], -1)
