@@ -132,26 +132,38 @@ def explain(
     with evaluating(air):
         found = search(air, view, most, moves, seed)
         shown = x, found.counts, found.count_evidence, found.evidence, found.z_where, found.z_what, found.z_what_mean
-        parts = [describe(air, *(part[group] for part in shown)) for group in padded(torch.arange(len(x)))]
+        parts = [describe(air, *(part[group] for part in shown)) for group in padded(torch.arange(len(x)), TOGETHER)]
         return Inference(*(torch.cat(part)[: len(x)] for part in zip(*parts)))
 
 
 def search(
-    air: AIR, view: View, most: int, moves: int, seed: int, found: Explanation | None = None
+    air: AIR,
+    view: View,
+    most: int,
+    moves: int,
+    seed: int,
+    found: Explanation | None = None,
+    patience: int | None = None,
+    together: int | None = None,
 ) -> Explanation:
-    """The best explanations of `view` with at most `most` objects, see `explain`; `found` is what to begin with."""
+    """The best explanations of `view` with at most `most` objects, see `explain`.
+
+    found: what to begin with, if not with the greedy guide. patience, together: if not PATIENCE and TOGETHER.
+    """
     n, rng = len(view.x), torch.Generator().manual_seed(seed)
+    patience, together = patience or PATIENCE, together or TOGETHER
     code_noise = torch.randn(air.z_what_size, generator=rng).to(view.x)
     if found is None:
-        parts = [whole(air, some(view, group), most, Given(code_noise)) for group in padded(torch.arange(n))]
+        parts = [whole(air, some(view, group), most, Given(code_noise)) for group in padded(torch.arange(n), together)]
         found = Explanation(*(torch.cat(part)[:n] for part in zip(*parts)))
     for move in range(moves):
-        todo = (found.idle < PATIENCE * (1 + found.counts)).nonzero()[:, 0]
+        todo = (found.idle < patience * (1 + found.counts)).nonzero()[:, 0]
         if not len(todo):
             break
         # Drawn for all images, whatever becomes of each.
-        uniform, noise = torch.rand(most + 3, generator=rng).to(view.x), torch.randn(most + 1, 3, generator=rng).to(view.x)
-        for group in padded(todo):
+        uniform = torch.rand(most + 3, generator=rng).to(view.x)
+        noise = torch.randn(most + 1, 3, generator=rng).to(view.x)
+        for group in padded(todo, together):
             before, part_of_view = some(found, group), some(view, group)
             if air.sees_residual:
                 kept, looks = take_off(before, move, uniform, noise, 2 / air.z_where_loc[0], part_of_view.within)
@@ -173,9 +185,9 @@ def most_objects(air: AIR) -> int:
     return max(MOST_OBJECTS, air.max_objects) if air.sees_residual else air.max_objects
 
 
-def padded(index: Tensor) -> list[Tensor]:
-    """Groups of TOGETHER; the last is filled up with its own first ones."""
-    return [group[torch.arange(TOGETHER, device=index.device) % len(group)] for group in index.split(TOGETHER)]
+def padded(index: Tensor, size: int) -> list[Tensor]:
+    """Groups of some size; the last is filled up with its own first ones."""
+    return [group[torch.arange(size, device=index.device) % len(group)] for group in index.split(size)]
 
 
 def whole(air: AIR, view: View, most: int, given: Messenger) -> Explanation:
@@ -269,9 +281,7 @@ def close_pairs(z_where: Tensor, used: Tensor, around: Tensor, window: float) ->
     return ((used @ near.to(used)) * used).sum(-1) / 2 + (used @ beside.sum(-1, keepdim=True).to(used))[..., 0]
 
 
-def propose(
-    air: AIR, view: View, canvas: Tensor, most: int, looks: list[Look], given: Messenger
-) -> tuple[Tensor, ...]:
+def propose(air: AIR, view: View, canvas: Tensor, most: int, looks: list[Look], given: Messenger) -> tuple[Tensor, ...]:
     """What the guide finds in a view when `canvas` is painted already: for each step z_pres, the fields of
     `Explanation` from z_where to weight, and `log p(x | z)` after none, one, .. of the objects, `[n, most + 1]`."""
     with given, pyro.validation_enabled(False):

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
 MIN_SCALE = 1.0
-import os
-REACH = float(os.environ.get('REACH', '1.0'))
 PosePrior = tuple[tuple[float, float, float], tuple[float, float, float]]  # its mean and standard deviation
 
 
@@ -203,7 +201,7 @@ class ResidualAttention(nn.Module):
         self.usual_window = 2 / prior[0][0]  # the side of an ordinary window, in canvas coordinates
         window = image_size / prior[0][0]  # and in pixels
         self.dilation = 2 * round(window / 16) + 1  # the side of the square that the canvas is dilated by, in pixels
-        self.reach = 2 * round(window * REACH / 2) + 1
+        self.reach = 2 * round(window / 2) + 1  # the side of the square that a peak is the highest in
         # Sums over squares are products with matrices of ones near the diagonal, from both sides.
         apart = (torch.arange(image_size)[:, None] - torch.arange(image_size)).abs()
         for name, width in (("inner", 0.78 * window), ("outer", 1.5 * window)):

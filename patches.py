@@ -1,13 +1,15 @@
 """What is in images of any size: patch by patch, each as large as a canvas in training.
 
-A large image is divided into cells. Around each lies a patch, a canvas to AIR: what has its centre in the cell is
-inferred there by the search (see `inference.explain`), given what lies around; no window reaches beyond its patch.
-Patches that do not overlap are searched together. Then the cells are laid in another way, and what was at the border
-of two lies within one. Memory grows with the image and with the number of objects, not with their product.
+A large image is divided into cells, and around each lies a patch, which is a canvas to AIR. The objects whose centres
+are in the cell are inferred there by the search of `inference.explain`, given what lies around. First the guide goes
+once through all cells, then the search, several times, with the cells laid in another way each time: what was at the
+border between two cells then lies within one. Patches that do not overlap are searched together. Memory grows with
+the image and with the number of objects, not with their product; time grows with the number of objects.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,152 +18,239 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-import inference
 from air import AIR
-from inference import MOVES, Explanation, View, check_values, evaluating, explanation, most_objects, search
-from modules import pose_to_place
+from inference import (
+    CLOSE,
+    CROWDING,
+    MOVES,
+    PRICE,
+    View,
+    check_values,
+    evaluating,
+    explanation,
+    most_objects,
+    search,
+    some,
+)
+from modules import MIN_SCALE, pose_to_place
 
-SWEEPS = 3  # over the patches of an image, each with other cells
-ROOM = 1.2  # usual windows that a patch is larger than its cell
-CELL = 2.2  # usual windows that a cell is at most long, or too many objects could lie in it
-FAR = 1e3
+SWEEPS = 2  # of the search
+ROOM = 1.2  # usual windows that a patch is larger than its cell, for the windows of objects at the cell's border
+CELL = 2.2  # usual windows that a cell may be long: few objects lie in it
+PATIENCE, TOGETHER = 3, 16  # See inference.py; for the images that have several cells.
+MOST_PATCHES = 256  # at once, for the memory's sake
+FAR = 1e3  # canvases; a place where nothing is near
 
 
-class Found(NamedTuple):
-    """What is in an image `[h, w]`: k objects."""
+class Objects(NamedTuple):
+    """Objects in an image, k of them."""
 
     poses: Tensor  # [k, 3]: s, as in `z_where`, and the window's centre (x, y) in pixels
     z_what: Tensor  # [k, z_what_size], codes
     z_what_mean: Tensor  # [k, z_what_size]
     weight: Tensor  # [k], see `inference.Explanation`
-    cell: Tensor  # int64 [k], in which each lies
-    cell_evidence: Tensor  # [cells, T + 1], nats: the most of all explanations with so many objects in that cell
 
-    @property
-    def count(self) -> int:
-        return len(self.poses)
+    def at(self, index: Tensor) -> "Objects":
+        """Some of them."""
+        return Objects(*(part[index] for part in self))
+
+
+class Found(NamedTuple):
+    """What is in an image `[h, w]`."""
+
+    objects: Objects  # k of them
+    boxes: Tensor  # [k, 4], the windows as (x, y, w, h) in pixels
+    losses: Tensor  # [k], nats of evidence that would be lost without each
+    cell: Tensor  # int64 [k], the cell that each lies in
+    cell_evidence: Tensor  # [cells, T + 1], nats: for each cell the most evidence seen for each count of objects in it
+    log_weight: float  # the evidence in nats, see `inference.explain`; that of black pixels, known to be so, is 0
+    explained: float  # the share of the image's ink (its squared pixels) that the reconstruction accounts for
+    reconstruction: Tensor  # [h, w]
+
+    def count_probs(self, temperature: float = 1.0) -> np.ndarray:
+        """The probability of 0, 1, .. objects. What is in a cell is taken to be independent of what is in others."""
+        probs = np.ones(1)
+        for row in torch.softmax(self.cell_evidence.double() / temperature, -1).cpu().numpy():
+            probs = np.convolve(probs, np.trim_zeros(row, "b"))
+        return probs
+
+    def object_probs(self, temperature: float = 1.0) -> np.ndarray:
+        """The probability of each object that it is one, `[k]`: of as many in its cell as there are no weaker ones."""
+        at_least = torch.softmax(self.cell_evidence / temperature, -1).flip(1).cumsum(1).flip(1)
+        stronger = (self.cell[:, None] == self.cell) & (self.losses[:, None] <= self.losses)
+        return at_least[self.cell, stronger.sum(1)].clamp(max=1).cpu().numpy()
+
+
+class Axis(NamedTuple):
+    """How one side of an image is divided into n cells."""
+
+    edges: Tensor  # [n + 1], of the cells, in pixels
+    corners: list[int]  # [n], where their patches begin
+    turns: list[int]  # [n]; patches with the same do not overlap
+
+
+class Patch(NamedTuple):
+    image: int
+    row: int  # of its cell
+    column: int
 
 
 @torch.no_grad()
 def find(air: AIR, images: Sequence[np.ndarray | Tensor], moves: int = MOVES, seed: int = 0) -> list[Found]:
-    """The objects in images `[h, w]` of any sizes, as light on black as canvases; see `inference.explain`."""
-    most, side = most_objects(air), air.image_size
-    xs = [pad_to(check_values(air, image), side) for image in images]
-    z = air.z_what_size
-    found = [Found(*(x.new_zeros(0, k) for k in (3, z, z)), x.new_zeros(0), None, None) for x in xs]
-    with evaluating(air):
+    """What is in images `[h, w]` of any sizes, floats in [0, 1] or uint8, light on black; see `inference.explain`.
+
+    In an image that is not larger than a canvas it is what `explain` finds. What is found in an image does not depend
+    on others. Raises ValueError for what cannot be such images; the RNN guide takes none that are larger than a canvas.
+    """
+    side, most = air.image_size, most_objects(air)
+    xs = [check_values(air, image) for image in images]
+    if not air.sees_residual and (larger := [x for x in xs if max(x.shape) > side]):
+        raise ValueError(f"the RNN guide sees canvases of {side}x{side} pixels, not {list(larger[0].shape)}")
+    # Black on the right and below, if it is smaller than a canvas.
+    xs = [pad(x, (0, max(0, side - x.shape[1]), 0, max(0, side - x.shape[0]))) for x in xs]
+    found = [Objects(*(x.new_zeros(0, *shape) for shape in ((3,), *2 * [(air.z_what_size,)], ()))) for x in xs]
+    cells, evidence = [None] * len(xs), [None] * len(xs)
+    with evaluating(air), tqdm(unit="patch", leave=False, delay=3) as bar:
         for sweep in range(1 + SWEEPS):
-            cells = [cells_of(*x.shape, air, sweep) for x in xs]
-            rows = [[None] * len(part) for part in cells]
-            rounds = itertools.zip_longest(*(disjoint(part, side) for part in cells), fillvalue=())
-            rounds = [[(i, c) for i, some in enumerate(part) for c in some] for part in rounds]
-            for group in tqdm(rounds, f"sweep {sweep + 1}", leave=False, delay=3):
-                if sweep > 1:
-                    group = [(i, c) for i, c in group if len(cells[i]) > 1]
-                if group:
-                    search_patches(air, xs, found, cells, group, most, moves if sweep else 0, seed, rows)
-    return found
+            # One search is enough for a single cell.
+            todo = [i for i, x in enumerate(xs) if sweep < 2 or max(x.shape) > side]
+            patches = []
+            for i in todo:
+                cells[i] = rows, columns = [divide(length, sweep, side, air.usual_window) for length in xs[i].shape]
+                evidence[i] = xs[i].new_full((len(rows.corners), len(columns.corners), most + 1), -math.inf)
+                evidence[i][..., 0] = 0
+                patches += [Patch(i, *at) for at in np.ndindex(evidence[i].shape[:2])]
+            bar.total = bar.n + (SWEEPS + 1 - sweep) * len(patches)
+            turns = {}
+            for patch in patches:
+                rows, columns = cells[patch.image]
+                is_large = evidence[patch.image].numel() > most + 1
+                turn = is_large, rows.turns[patch.row], columns.turns[patch.column]
+                turns.setdefault(turn, []).append(patch)
+            for (is_large, *_), some_patches in sorted(turns.items()):
+                pace = {"patience": PATIENCE, "together": TOGETHER} if is_large else {}
+                look = partial(search, air, most=most, moves=moves if sweep else 0, seed=seed, **pace)
+                for start in range(0, len(some_patches), MOST_PATCHES):
+                    chunk = some_patches[start : start + MOST_PATCHES]
+                    search_patches(air, xs, cells, found, evidence, chunk, look, afresh=sweep == 0)
+                    bar.update(len(chunk))
+        return [assemble(air, *parts) for parts in zip(xs, images, found, cells, evidence)]
 
 
-def pad_to(x: Tensor, side: int) -> Tensor:
-    """An image with black on the right and below, if it is smaller than a canvas."""
-    return pad(x, (0, max(0, side - x.shape[1]), 0, max(0, side - x.shape[0])))
+def divide(length: int, sweep: int, side: int, window: float) -> Axis:
+    """Cells along one side of an image, `length` pixels long; one more in every other sweep."""
+    longest = max(min(side - ROOM * window, CELL * window), side / 8)
+    n = 1 if length <= side else math.ceil(length / longest) + sweep % 2
+    edges, turns, ends = torch.linspace(0, length, n + 1), [], []
+    corners = ((edges[1:] + edges[:-1] - side) / 2).round().clamp(0, length - side).int().tolist()
+    for corner in corners:
+        turns.append(next((turn for turn, end in enumerate(ends) if end <= corner), len(ends)))
+        ends[turns[-1] : turns[-1] + 1] = [corner + side]
+    edges[0], edges[-1] = -FAR * side, FAR * side  # The centre of what is cut by the border may lie beyond it.
+    return Axis(edges, corners, turns)
 
 
-def cells_of(h: int, w: int, air: AIR, sweep: int) -> list[tuple[int, int, tuple]]:
-    """The cells of an image: for each the corner (left, top) of its patch, and its edges (left, top, right, bottom)."""
-    window, side = air.usual_window, air.image_size
-    largest = max(min(side - ROOM * window, CELL * window), side / 8)
-    spans = []
-    for length in (w, h):
-        n = int(np.ceil(length / largest)) + sweep % 2 if length > side else 1
-        edges = np.linspace(0, length, n + 1)
-        middles = (edges[1:] + edges[:-1]) / 2
-        corners = (middles - side / 2).round().clip(0, length - side).astype(int)
-        edges[0], edges[-1] = -FAR * side, FAR * side
-        spans.append(list(zip(corners, edges[:-1], edges[1:])))
-    return [(left, top, (x0, y0, x1, y1)) for (top, y0, y1) in spans[1] for (left, x0, x1) in spans[0]]
+def search_patches(air, xs, cells, found, evidence, patches, look, afresh) -> None:
+    """Search some patches that do not overlap, and replace what was found in their cells."""
+    side, device, most = air.image_size, xs[0].device, evidence[patches[0].image].shape[-1] - 1
+    kinds = [cells[patch.image] for patch in patches]
+    tops = [rows.corners[patch.row] for patch, (rows, _) in zip(patches, kinds)]
+    lefts = [columns.corners[patch.column] for patch, (_, columns) in zip(patches, kinds)]
+    corners = torch.tensor([lefts, tops], device=device).T
+    edges = [
+        [columns.edges[p.column], rows.edges[p.row], columns.edges[p.column + 1], rows.edges[p.row + 1]]
+        for p, (rows, columns) in zip(patches, kinds)
+    ]
+    within = 2 * (torch.tensor(edges, device=device) - corners.repeat(1, 2)) / side - 1
+    x = torch.stack([xs[p.image][top:, left:][:side, :side] for p, top, left in zip(patches, tops, lefts)])
 
+    free, fixed, stay = [], [], {patch.image: None for patch in patches}
+    for patch, corner, inside in zip(patches, corners, within):
+        objects = found[patch.image]
+        z_where = to_canvas(objects.poses, corner, side)
+        place = pose_to_place(z_where)
+        is_free = (place >= inside[:2]).all(1) & (place < inside[2:]).all(1)
+        is_free &= is_free.cumsum(0) <= most
+        is_near = (place.abs() < 1 + 2 * air.usual_window / side).all(1) & ~is_free
+        free.append(Objects(z_where, *objects[1:]).at(is_free))
+        fixed.append(Objects(z_where, *objects[1:]).at(is_near))
+        stay[patch.image] = ~is_free if stay[patch.image] is None else stay[patch.image] & ~is_free
 
-def disjoint(cells: list, side: int) -> list[list[int]]:
-    """The cells in groups, within which no patches overlap."""
-    groups, taken = [], []
-    for c, (left, top, _) in enumerate(cells):
-        for group, corners in zip(groups, taken):
-            if not any(abs(left - x) < side and abs(top - y) < side for x, y in corners):
-                break
-        else:
-            group, corners = [], []
-            groups.append(group)
-            taken.append(corners)
-        group.append(c)
-        corners.append((left, top))
-    return groups
-
-
-def search_patches(air, xs, found, cells, group, most, moves, seed, rows):
-    side = air.image_size
-    laid = [lay_out(air, xs[i], found[i], *cells[i][c], most) for i, c in group]
-    k = max(len(part[2]) for part in laid)
-    x = torch.stack([part[0] for part in laid])
-    fixed_where = torch.stack([pad(part[1][0], (0, 0, 0, k - len(part[2])), value=1.0) for part in laid])
-    fixed_what = torch.stack([pad(part[1][1], (0, 0, 0, k - len(part[2]))) for part in laid])
-    there = torch.stack([torch.arange(k) < len(part[2]) for part in laid]).to(x)
-    canvas = torch.zeros_like(x)
-    for t in range(k):
-        canvas = canvas + air.paint(fixed_where[:, t], fixed_what[:, t]) * there[:, t, None, None]
-    around = pose_to_place(fixed_where).where(there[..., None] > 0, FAR)
-    within = x.new_tensor([part[4] for part in laid])
-    view = View(x, canvas, around, within)
-    z_where, z_what, z_what_mean, weight, used = (torch.stack([part[3][j] for part in laid]) for j in range(5))
-    start = None
-    if used.any():
-        painted = torch.stack([air.paint(*step) for step in zip(z_where.unbind(1), z_what.unbind(1))], 1)
-        start = explanation(air, view, [z_where, z_what, z_what_mean, painted, weight], used)
-    # Nothing can be gained where nothing is left to explain.
-    error = (x - canvas).square().sum((1, 2)) / (2 * air.likelihood_sd**2)
-    todo = (used.any(1) | (error > inference.PRICE)).nonzero()[:, 0]
-    seen = None
+    objects, there = stacked(fixed, max(len(part.poses) for part in fixed))
+    canvas = (paint(air, objects) * there[..., None, None]).sum(1)
+    view = View(x, canvas, pose_to_place(objects.poses).where(there[..., None], FAR), within)
+    objects, used = stacked(free, most)
+    start = explanation(air, view, [*objects[:3], paint(air, objects), objects.weight], used)
+    # Where nothing is left to explain, nothing can be gained.
+    left = (x - canvas).square().sum((1, 2)) / (2 * air.likelihood_sd**2)
+    todo = (used.any(1) | (left > PRICE)).nonzero()[:, 0]
     if len(todo):
-        seen = search(
-            air,
-            View(*(part[todo] for part in view)),
-            most,
-            moves,
-            seed,
-            start and Explanation(*(part[todo] for part in start)),
-        )
-    stay = {i: torch.ones(len(found[i].poses), dtype=torch.bool) for i, _ in group}
-    new = {i: [] for i in stay}
-    for row, j in enumerate(todo.tolist()):
-        i, c = group[j]
-        count = int(seen.counts[row])
-        left, top, _ = cells[i][c]
-        z = seen.z_where[row, :count]
-        places = (pose_to_place(z) + 1) * side / 2 + x.new_tensor([left, top])
-        new[i].append([torch.cat([z[:, :1], places], 1), seen.z_what[row, :count], seen.z_what_mean[row, :count], seen.weight[row, :count]])
-        stay[i] &= laid[j][5]
-        rows[i][c] = seen.count_evidence[row]
-    for i in stay:
-        parts = [[part[stay[i]] for part in found[i][:4]], *new[i]]
-        found[i] = Found(*(torch.cat(part) for part in zip(*parts)), None, None)
+        seen = look(some(view, todo), found=None if afresh else some(start, todo))
+        new = {image: [] for image in stay}
+        for j, row in zip(todo.tolist(), range(len(todo))):
+            patch, used = patches[j], slice(int(seen.counts[row]))
+            z_where = seen.z_where[row, used]
+            places = (pose_to_place(z_where) + 1) * side / 2 + corners[j]
+            poses = torch.cat([z_where[:, :1], places], 1)
+            new[patch.image].append(
+                Objects(poses, *(part[row, used] for part in (seen.z_what, seen.z_what_mean, seen.weight)))
+            )
+            evidence[patch.image][patch.row, patch.column] = seen.count_evidence[row]
+        for image, parts in new.items():
+            parts = [found[image].at(stay[image]), *parts]
+            found[image] = Objects(*map(torch.cat, zip(*parts)))
 
 
-def lay_out(air, x, found, left, top, edges, most):
-    side = air.image_size
-    patch = x[top : top + side, left : left + side]
-    corner = x.new_tensor([left, top])
-    places = 2 * (found.poses[:, 1:] - corner) / side - 1
-    s = found.poses[:, :1]
-    z_where = torch.cat([s, -s.clamp(min=1) * places], 1)
-    x0, y0, x1, y1 = edges
-    cx, cy = found.poses[:, 1], found.poses[:, 2]
-    free = (cx >= x0) & (cx < x1) & (cy >= y0) & (cy < y1)
-    free = free & (free.cumsum(0) <= most)
-    near = (places.abs() < 1 + 2 * air.usual_window / side).all(1) & ~free
-    fixed = [z_where[near], found.z_what[near]]
-    n = int(free.sum())
-    slots = [pad(part[free], (0, 0) * (part.dim() - 1) + (0, most - n), value=v) for part, v in ((z_where, 1.0), (found.z_what, 0.0), (found.z_what_mean, 0.0), (found.weight, 0.0))]
-    slots.append(torch.arange(most) < n)
-    within = [2 * (x0 - left) / side - 1, 2 * (y0 - top) / side - 1, 2 * (x1 - left) / side - 1, 2 * (y1 - top) / side - 1]
-    return patch, fixed, fixed[0], slots, within, ~free
+def to_canvas(poses: Tensor, corner: Tensor, side: int) -> Tensor:
+    """Poses `[k, 3]` of `Objects` as `z_where` on a canvas whose left upper corner is `[.., 2]`, in pixels."""
+    s = poses[:, :1]
+    return torch.cat([s, -s.clamp(min=MIN_SCALE) * (2 * (poses[:, 1:] - corner) / side - 1)], 1)
+
+
+def stacked(parts: list[Objects], k: int) -> tuple[Objects, Tensor]:
+    """Objects of n patches as tensors `[n, k, ..]`, and which of them there are, bool `[n, k]`."""
+    counts = torch.tensor([len(part.poses) for part in parts], device=parts[0].poses.device)
+    filled = [[pad(part, (0, 0) * (part.dim() - 1) + (0, k - len(part))) for part in field] for field in zip(*parts)]
+    return Objects(*map(torch.stack, filled)), torch.arange(k, device=counts.device) < counts[:, None]
+
+
+def paint(air: AIR, objects: Objects) -> Tensor:
+    """Each of the objects `[n, k]` on a canvas, `[n, k, side, side]`."""
+    n, k = objects.weight.shape
+    return air.paint(objects.poses.flatten(0, 1), objects.z_what.flatten(0, 1)).unflatten(0, (n, k))
+
+
+def assemble(air: AIR, x: Tensor, image: np.ndarray | Tensor, objects: Objects, cells, evidence: Tensor) -> Found:
+    """What was found in an image, and what follows from it."""
+    side, (s, places) = air.image_size, objects.poses.split([1, 2], 1)
+    corners = (places - side / 2).round()
+    painted = air.paint(to_canvas(objects.poses, corners, side), objects.z_what)
+    # With room for what reaches beyond the image.
+    canvas = pad(torch.zeros_like(x), (side,) * 4)
+    frames = [tuple(slice(at + side, at + 2 * side) for at in corner) for corner in corners.flip(1).int().tolist()]
+    for frame, part in zip(frames, painted):
+        canvas[frame] += part
+    canvas[:side], canvas[-side:], canvas[:, :side], canvas[:, -side:] = 0, 0, 0, 0
+    error = pad(x, (side,) * 4) - canvas
+    close = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist") < CLOSE * air.usual_window
+    close.fill_diagonal_(False)
+    scale = 2 * air.likelihood_sd**2
+    log_weight = objects.weight.sum() - error.square().sum() / scale - CROWDING * close.sum() / 2
+    without = [((error[frame] + part).square() - error[frame].square()).sum() for frame, part in zip(frames, painted)]
+    losses = (torch.stack(without) / scale if without else x.new_zeros(0)) + objects.weight - CROWDING * close.sum(1)
+    h, w = image.shape
+    width = air.image_size / s.clamp(min=MIN_SCALE)
+    row, column = (
+        torch.bucketize(places[:, 1 - axis].contiguous(), cells[axis].edges[1:-1].to(places), right=True)
+        for axis in (0, 1)
+    )
+    return Found(
+        objects=objects,
+        boxes=torch.cat([places - width / 2, width, width], 1),
+        losses=losses,
+        cell=row * evidence.shape[1] + column,
+        cell_evidence=evidence.flatten(0, 1),
+        log_weight=float(log_weight),
+        explained=float(1 - (error.square().sum() / x.square().sum().clamp(min=1e-6)).clamp(max=1)),
+        reconstruction=canvas[side : side + h, side : side + w],
+    )
