@@ -10,24 +10,32 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from air import AIR
-from images import largest_component_length
-from inference import Inference, check_canvases, explain, infer, log_weight, most_objects, traces
+from images import Canvas, letterbox, piece_lengths, rescale
+from inference import Inference, check_canvases, infer, log_weight, traces
 from multi_mnist import Scenes
+from patches import Found, find
 
 # Of the canvases of a batch, 500 of multi-MNIST's scenes with T = 3: all that is painted then takes about 200 MB.
 BATCH_PIXELS = 500 * 4 * 50**2
+# An image is scaled until its objects are so long, in usual windows, unless it would hardly change.
+OBJECT, USUAL = 0.8, (0.75, 1.2)
+SHRINKS = 0.12  # how much less of its ink is explained if it is made smaller, but for its objects
 KEPT_WHOLE = 30  # images of which an evaluation keeps everything
-RARE = 0.003  # the share of ordinary scenes that each of three bounds leaves out
+RARE = 0.003  # the share of ordinary scenes that each of two bounds leaves out
+# What is measured, see docs/dashboard.md.
+METRICS = """
+    images elbo count_accuracy count_accuracy_mode count_accuracy_search count_error_search calibration_error
+    sure_but_wrong confusion last_step_rate baseline_r2
+""".split()
 
 
 class ReferenceStats(NamedTuple):
-    """What ordinary scenes look like to an AIR: all but a share `RARE` of them are within each of three bounds."""
+    """What ordinary scenes look like to an AIR: all but a share `RARE` of them are within each of two bounds."""
 
     log_weight: float  # nats; that of an image with n objects is at least `log_weight + n * per_object`
     per_object: float
-    explained: float  # the least share of ink explained, see `Inference`
-    largest_component: float  # pixels, see `images.largest_component_length`
-    temperature: float | None  # of `Inference.count_probs`, see `calibrate`; None if there was too little to learn from
+    explained: float  # the least share of ink explained, see `Found`
+    temperature: float | None  # of `Found.count_probs`, see `calibrate`; None if there was too little to learn from
 
 
 class Evaluation(NamedTuple):
@@ -51,7 +59,7 @@ def evaluate(
     """Count accuracy, ELBO and the like on `scenes`, one sample of the guide per image.
 
     max_objects: T, the most objects that can be found, if not as many as in training.
-    measure_search: whether `inference.explain` is measured as well, which looks for more objects if it can.
+    measure_search: whether `patches.find` is measured as well, which looks for more objects if it can.
     temperature: of its probabilities, which are measured if it is given.
     With its own random numbers: whether and when it is called does not change a training run.
 
@@ -70,15 +78,9 @@ def evaluate(
                 first.append([part[: KEPT_WHOLE - start].cpu().numpy() for part in seen])
         r2 = None if air.baseline is None else baseline_r2(air, check_canvases(air, scenes.x[:batch_size]))
     counts, modes, elbo, boxes = (torch.cat(parts).cpu().numpy() for parts in zip(*batches))
-    metrics = {
+    metrics = dict.fromkeys(METRICS) | {
         "images": len(counts),
         "elbo": float(elbo.mean(dtype=np.float64)),
-        "count_accuracy": None,
-        "count_accuracy_mode": None,
-        "count_accuracy_search": None,
-        "calibration_error": None,
-        "sure_but_wrong": None,
-        "confusion": None,
         "last_step_rate": float((counts == max_objects).mean()),
         "baseline_r2": r2,
     }
@@ -88,50 +90,81 @@ def evaluate(
         metrics["count_accuracy"] = float((counts == scenes.counts).mean())
         metrics["count_accuracy_mode"] = float((modes == scenes.counts).mean())
         if measure_search:
-            metrics |= search_metrics(
-                search(air, scenes.x, max(max_objects, most_objects(air))), scenes.counts, temperature
-            )
+            metrics |= search_metrics(find(air, scenes.x), scenes.counts, temperature)
         metrics["confusion"] = confusion.tolist()
     return Evaluation(metrics, counts, boxes, Inference(*map(np.concatenate, zip(*first))))
 
 
-def search(air: AIR, x: np.ndarray, max_objects: int | None = None) -> Inference:
-    """`inference.explain` on canvases `x` `[n, h, h]`; of what it sees the first fields, which take little memory."""
-    bar, parts = tqdm(total=len(x), desc="searching", unit="image", leave=False, delay=2), []
-    for start in range(0, len(x), 160):
-        parts.append(explain(air, x[start : start + 160], max_objects)[:5])
-        bar.update(len(parts[-1][0]))
-    bar.close()
-    return Inference(*map(torch.cat, zip(*parts)), *[None] * (len(Inference._fields) - 5))
-
-
-def search_metrics(seen: Inference, counts: np.ndarray, temperature: float | None) -> dict:
-    """Accuracy of the best explanations, and, with a temperature, whether the probabilities of counts can be believed.
+def search_metrics(seen: list[Found], counts: np.ndarray, temperature: float | None) -> dict:
+    """Accuracy and mean error of what the search finds, and, with a temperature, whether its probabilities can be
+    believed.
 
     calibration_error: the expected calibration error of the most probable count, in ten equal bins of its probability.
     sure_but_wrong: the share of all images whose count is wrong although its probability is above 0.99.
     """
-    metrics = {"count_accuracy_search": float((seen.counts.cpu().numpy() == counts).mean())}
+    found = np.array([found.count for found in seen])
+    metrics = {
+        "count_accuracy_search": float((found == counts).mean()),
+        "count_error_search": float(np.abs(found - counts).mean()),
+    }
     if temperature is not None:
-        probs, guess = (part.cpu().numpy() for part in seen.count_probs(temperature).max(-1))
+        of_counts = [found.count_probs(temperature) for found in seen]
+        probs, guess = (np.array([f(row) for row in of_counts]) for f in (np.max, np.argmax))
         right, bins = guess == counts, np.minimum((probs * 10).astype(int), 9)
-        gaps = [abs((right[bins == i] - probs[bins == i].astype(float)).sum()) for i in range(10)]
+        gaps = [abs((right[bins == i] - probs[bins == i]).sum()) for i in range(10)]
         metrics["calibration_error"] = float(sum(gaps) / len(counts))
         metrics["sure_but_wrong"] = float((~right & (probs > 0.99)).mean())
     return metrics
 
 
-def calibrate(seen: Inference, counts: np.ndarray) -> float:
+def find_at_scale(air: AIR, canvases: list[Canvas], lengths: list[float | None]) -> list[tuple[Found, Canvas, bool]]:
+    """What is in images of any sizes, scaled so that their objects are about as long as in training.
+
+    lengths: how long the objects of each are, in pixels; None: it is estimated, from the lengths of connected pieces.
+    Returns what was found, the canvas as it was looked at, and whether its scale is in doubt. Pieces that are longer
+    than usual may be large objects or several that touch. Then the image is looked at as it is as well; if it is
+    explained better by SHRINKS or more, it stays as it is.
+    """
+    looked_at, again = [], []
+    for canvas, length in zip(canvases, lengths):
+        if not air.sees_residual:
+            looked_at.append(letterbox(canvas, air.image_size))
+            continue
+        pieces = [length] if length else piece_lengths(canvas.x)
+        ratio = OBJECT * air.usual_window / np.median(pieces) if len(pieces) else 1.0
+        looked_at.append(rescale(canvas, 1.0 if USUAL[0] < ratio < USUAL[1] else ratio))
+        if ratio <= USUAL[0] and not length:
+            again.append(len(looked_at) - 1)
+    found = find(air, [canvas.x for canvas in looked_at])
+    in_doubt = [False] * len(found)
+    for i, as_it_is in zip(again, find(air, [canvases[i].x for i in again])):
+        in_doubt[i] = as_it_is.explained > found[i].explained + SHRINKS / 3
+        if as_it_is.explained > found[i].explained + SHRINKS:
+            looked_at[i], found[i] = canvases[i], as_it_is
+    return list(zip(found, looked_at, in_doubt))
+
+
+def evaluate_images(
+    air: AIR, canvases: list[Canvas], counts: np.ndarray | None, reference: ReferenceStats | None, length: float | None
+) -> dict:
+    """The metrics that can be had of images of any sizes, looked at as predict.py does: those of the search."""
+    seen = [found for found, *_ in find_at_scale(air, canvases, [length] * len(canvases))]
+    metrics = dict.fromkeys(METRICS) | {"images": len(canvases)}
+    return metrics if counts is None else metrics | search_metrics(seen, counts, reference and reference.temperature)
+
+
+def calibrate(seen: list[Found], counts: np.ndarray) -> float:
     """The temperature with which the probabilities of the true counts `[n]` have the largest likelihood.
 
     The evidence is too sure of itself: it takes pixels for independent, and they are wrong together.
     """
-    temperatures, true = np.geomspace(0.5, 50, 100), torch.from_numpy(counts).to(seen.counts)
-    # A count that no explanation had is as unlikely as it can be said.
-    log_probs = [
-        seen.count_probs(t).clamp(min=1e-4).log().take_along_dim(true[:, None], 1).mean() for t in temperatures
-    ]
-    return float(temperatures[torch.stack(log_probs).argmax().item()])
+
+    def log_likelihood(temperature: float) -> float:
+        # A count that no explanation had is as unlikely as it can be said.
+        probs = [dict(enumerate(found.count_probs(temperature))).get(true, 0.0) for found, true in zip(seen, counts)]
+        return np.log(np.maximum(probs, 1e-4)).mean()
+
+    return float(max(np.geomspace(0.5, 50, 50), key=log_likelihood))
 
 
 def recombine(x: np.ndarray, counts: np.ndarray, n: int = 600, most: int = 5, seed: int = 0) -> Scenes:
@@ -157,19 +190,19 @@ def recombine(x: np.ndarray, counts: np.ndarray, n: int = 600, most: int = 5, se
 
 def reference_stats(air: AIR, x: np.ndarray) -> ReferenceStats:
     """What is ordinary, measured on canvases `x` `[n, h, h]`, uint8, in the way in which predict.py looks at images."""
-    seen = search(air, x)
-    counts, log_weight, explained = (part.cpu().numpy() for part in (seen.counts, seen.log_weight, seen.explained))
+    seen = find(air, x)
+    counts, log_weight, explained = (
+        np.array([getattr(found, name) for found in seen]) for name in ("count", "log_weight", "explained")
+    )
     try:
         scenes = recombine(x, counts)
-        temperature = calibrate(search(air, scenes.x), scenes.counts)
+        temperature = calibrate(find(air, scenes.x), scenes.counts)
     except ValueError:
         temperature = None
-    return ReferenceStats(*bounds(counts, log_weight, explained, largest_component_length(x)), temperature)
+    return ReferenceStats(*bounds(counts, log_weight, explained), temperature)
 
 
-def bounds(
-    counts: np.ndarray, log_weight: np.ndarray, explained: np.ndarray, largest_component: np.ndarray
-) -> tuple[float, float, float, float]:
+def bounds(counts: np.ndarray, log_weight: np.ndarray, explained: np.ndarray) -> tuple[float, float, float]:
     """The bounds that all but a few scenes are within, given of each what `ReferenceStats` is about, `[n]` each."""
     shares = np.bincount(counts) / len(counts)
     # Scenes without any object do not tell what one costs, nor do a few with a count that they should not have.
@@ -178,13 +211,10 @@ def bounds(
     middles = [np.median(log_weight[counts == n]) if n or shares[0] else log_weight.max() for n in kinds]
     slope = np.polyfit(kinds, middles, 1)[0] if len(kinds) > 1 else 0.0
     start = np.quantile((log_weight - slope * counts)[counts >= min(kinds)], RARE)
-    share, length = np.quantile(explained, RARE), np.quantile(largest_component, 1 - RARE)
-    return float(start), float(slope), float(share), float(length)
+    return float(start), float(slope), float(np.quantile(explained, RARE))
 
 
-def out_of_distribution(
-    reference: ReferenceStats, count: int, log_weight: float, explained: float, largest_component: float
-) -> list[str]:
+def out_of_distribution(reference: ReferenceStats, count: int, log_weight: float, explained: float) -> list[str]:
     """What is unlike the scenes that an AIR was trained on, in words; nothing if it is like them."""
     least = reference.log_weight + count * reference.per_object
     signs = []
@@ -192,9 +222,6 @@ def out_of_distribution(
         signs.append(f"{explained:.0%} of its ink is explained, usually at least {reference.explained:.0%}")
     if log_weight < least:
         signs.append(f"its log-weight is {log_weight:.0f} nats, with {count} objects usually at least {least:.0f}")
-    if largest_component > reference.largest_component:
-        usual = f"usually at most {reference.largest_component:.0f}"
-        signs.append(f"a connected piece of it is {largest_component:.0f} pixels long, {usual}")
     return signs
 
 

@@ -1,6 +1,6 @@
-"""Images of one's own, as the model takes them: light objects on black, on square canvases.
+"""Images of one's own, as the model takes them: light objects on black.
 
-Training, evaluation and prediction read them with `read_file` and bring them to the model by one rule, `to_canvases`.
+Training, evaluation and prediction read them with `read_file` and bring them to the model by one rule, `to_canvas`.
 What becomes of an image depends on that image alone, not on others in its file, array or folder:
 
 1. Colour becomes grey: luma, or one of red, green and blue if clearly more of the image stands out there.
@@ -8,11 +8,13 @@ What becomes of an image depends on that image alone, not on others in its file,
    pixels, dust), take the grey of their surroundings.
 3. The range of grey is the smallest of 1, 255, 1,023, 4,095, 16,383 and 65,535 that the image's values fit in. Floats
    may go a little beyond 1; if they are multiples of 1/255, they count as whole numbers.
-4. The image is scaled so that its longer side is the canvas's, and centred.
-5. The median grey of its border, or if that is uneven a smooth surface fitted to it, is taken for the background.
-6. Ink is what differs from the background by at least 8% of the range and six standard deviations of the noise. If
+4. The median grey of its border is taken for the background; if the border is uneven, a smooth surface fitted to it;
+   and if none fits, on a large image, the median grey of a wide surrounding of each pixel.
+5. Ink is what differs from the background by at least 8% of the range and six standard deviations of the noise. If
    more of it is darker than lighter, the image is inverted.
-7. The background becomes black, and the 90th percentile of the ink white. An image without ink is empty.
+6. The background becomes black, and the 90th percentile of the ink white. An image without ink is empty.
+
+The size stays. To train on, images are brought to one size: made smaller and padded, or cropped at random.
 """
 
 import warnings
@@ -24,37 +26,38 @@ import numpy as np
 from PIL import Image, ImageOps, ImageSequence
 from scipy import ndimage
 
-from multi_mnist import DataError, Scenes, one_line
+from multi_mnist import DataError, one_line
 
 LARGEST_FILE = 2**31  # of arrays, unpacked, in bytes: 200,000 scenes of 50x50 floats
-LARGEST_CANVAS = 128  # pixels a side, to train on: larger images are made smaller
+LARGEST_CANVAS = 128  # pixels a side, to train on: larger images are made smaller, or cropped
 RANGES = np.array([1, 255, 1023, 4095, 16383, 65535], np.float32)
 # Of the range: the least contrast of ink; the least that may be a faint object; the most by which a border is even.
 FAINT, TRACE, EVEN = np.float32([0.08, 0.03, 0.03])
 NOISE = 6  # standard deviations of the noise: less cannot be told from it
 MIXED = 0.02  # the share of ink, in squared greys, of the other polarity that is too much
 # What may be true of an image: first what speaks against counting what is in it, then what was done.
-LOW, SPECKLED, UNEVEN, BOTH, *_ = FACTS = (
+LOW, SPECKLED, UNEVEN, BOTH, _, SURFACE, WIDE, _ = FACTS = (
     "its contrast is too low to be told from noise",
     "it had more than five specks of one or two pixels",
     "its background is uneven, and no smooth surface fits it",
     "its ink of the other polarity was left out (--invert and --no-invert decide which)",
     "specks of one or two pixels were removed",
     "uneven background: a smooth surface was taken off",
+    "uneven background: the median of a wide surrounding was taken off",
     "dark objects on a light background: inverted (--no-invert leaves them as they are)",
 )
 EMPTY = (LOW,)  # Such an image is taken for empty.
 FIXED_INK = "the same ink is at the same place in nearly all images: a scale bar counts as an object"
 
 
-class Canvases(NamedTuple):
-    """Images as the model takes them, and what was done to them."""
+class Canvas(NamedTuple):
+    """An image as the model takes it, and what was done to it."""
 
-    x: np.ndarray  # uint8 [n, size, size]
-    places: np.ndarray  # [n, 4]: where the image's corner lies, (x, y) in canvas pixels, and its scale along x and y
-    doubts: list[str | None]  # [n], what speaks against counting what is in an image: LOW, SPECKLED, UNEVEN or BOTH
-    floors: np.ndarray  # uint8 [n], the grey above which something on a canvas can be told from noise
-    remarks: list[str]  # what was done that a user may want to know
+    x: np.ndarray  # uint8 [h, w]
+    place: tuple  # where the image's corner lies, (x, y) in canvas pixels, and its scale along x and y
+    doubt: str | None  # what speaks against counting what is in it: LOW, SPECKLED, UNEVEN or BOTH
+    floor: int  # the grey above which something on it can be told from noise
+    facts: list[bool]  # which of FACTS are true of it
 
 
 def files_in(path: Path) -> list[Path]:
@@ -137,78 +140,80 @@ def to_grey(image: Image.Image) -> tuple[np.ndarray, str | None]:
     return np.asarray(bands[best])[None], remark if best or share < 0.9 else None
 
 
-def load_canvases(path: Path, size: int | None = None, invert: bool | None = None) -> tuple[Scenes, list[str]]:
-    """The images in a file, or in all files of a folder, on canvases (see `to_canvases`); and remarks, a line each.
-    Files of a folder that cannot be read are left out, with a remark. Raises DataError if nothing can be read."""
-    remarks, counts = [], []
-
-    def blocks():
-        for file in files_in(path):
-            try:
-                some, some_counts, some_remarks = read_file(file)
-            except DataError as error:
-                remarks.append(f"left out: {one_line(error)}")
-                continue
-            counts.append(some_counts)
-            remarks.extend(f"{file}: {remark}" for remark in some_remarks)
-            yield from some
-        if not counts:
-            raise DataError(remarks[0].removeprefix("left out: "))
-
-    canvases = to_canvases(blocks(), size, invert)
-    if has_fixed_ink(canvases.x):
-        canvases.remarks.append(FIXED_INK)
-    counts = None if any(part is None for part in counts) else np.concatenate(counts)
-    return Scenes(canvases.x, counts), [*remarks, *(f"{path}: {remark}" for remark in canvases.remarks)]
+def load_images(path: Path, invert: bool | None = None) -> tuple[list[Canvas], np.ndarray | None, list[str]]:
+    """The images in a file, or in all files of a folder, as canvases; their true counts, if known; and remarks, a line
+    each. Files of a folder that cannot be read are left out, with a remark. Raises DataError if nothing can be read."""
+    canvases, remarks, counts = [], [], []
+    for file in files_in(path):
+        try:
+            blocks, some_counts, some_remarks = read_file(file)
+            canvases += [to_canvas(image, invert) for block in blocks for image in block]
+        except DataError as error:
+            remarks.append(f"left out: {one_line(error)}")
+            continue
+        counts.append(some_counts)
+        remarks += [f"{file}: {remark}" for remark in some_remarks]
+    if not counts:
+        raise DataError(remarks[0].removeprefix("left out: "))
+    remarks += [f"{path}: {remark}" for remark in remarks_on(canvases)]
+    return canvases, None if any(part is None for part in counts) else np.concatenate(counts), remarks
 
 
-def to_canvases(blocks, size: int | None = None, invert: bool | None = None) -> Canvases:
-    """Images as the model takes them, by the rule in the module's docstring. DataError for what cannot be images.
+def remarks_on(canvases: list[Canvas]) -> list[str]:
+    """What was done to some images that a user may want to know."""
+    some = "{:,} of {:,} images: " if len(canvases) > 1 else ""
+    shares = np.sum([canvas.facts for canvas in canvases], 0)
+    return [some.format(n, len(canvases)) + fact for fact, n in zip(FACTS, shares) if n]
 
-    blocks: an array `[n, h, w]` of numbers of any type, or several of any sizes, of which large ones are not kept.
-    size: of the canvas, in pixels; by default the longest side of all images, but at most `LARGEST_CANVAS`.
-    invert: whether the images are dark on light; by default it is found out for each.
+
+def to_canvas(image: np.ndarray, invert: bool | None = None) -> Canvas:
+    """An image `[h, w]` of numbers as the model takes it, by the rule in the module's docstring.
+
+    invert: whether it is dark on light; by default it is found out. Raises DataError for what cannot be an image.
     """
-    parts, side = [], 1
-    for block in [blocks] if isinstance(blocks, np.ndarray) else blocks:
-        check_images(block)
-        side = size or min(LARGEST_CANVAS, max(side, *block.shape[1:]))
-        # What is smaller than any canvas waits until its size is known.
-        parts.extend(normalize(image, side, invert) if size or side == LARGEST_CANVAS else image for image in block)
-    parts = [part if isinstance(part, tuple) else normalize(part, side, invert) for part in parts]
-    x, places, floors, facts = map(np.array, zip(*parts))
-    doubts = [next((fact for fact, is_so in zip(FACTS[:4], row) if is_so), None) for row in facts]
-    some = "{:,} of {:,} images: " if len(x) > 1 else ""
-    remarks = [some.format(n, len(x)) + fact for fact, n in zip(FACTS, facts.sum(0)) if n]
-    return Canvases(x, places, doubts, floors, remarks)
-
-
-def normalize(image: np.ndarray, size: int, invert: bool | None) -> tuple:
-    """Of an image `[h, w]`: canvas, place and floor, as in `Canvases`; and which of `FACTS` are true of it."""
+    check_images(image[None])
     scaled = 255 * image.astype(float)
     if image.max() <= 1 and (np.abs(scaled - np.rint(scaled)) < 0.001).all():
         image = np.rint(scaled)  # x / 255 is the image x, down to the last bit.
     clean, specks = without_specks(image.astype(np.float32))
-    image = resize_to_canvas(clean / white_of(clean), size)
-    h, w = image.shape
-    noise = NOISE / 0.954 * np.median(np.abs(np.diff(image))) if w > 1 else np.float64(0)
-    difference, is_uneven, is_rough = without_background(image, noise)
+    image = clean / white_of(clean)
+    noise = NOISE / 0.954 * np.median(np.abs(np.diff(image))) if image.shape[1] > 1 else np.float64(0)
+    difference, background = without_background(image, noise)
     ink = difference * (np.abs(difference) >= np.maximum(FAINT, noise))
     light, dark = (ink.clip(0) ** 2).sum(), (ink.clip(max=0) ** 2).sum()
     is_dark = dark > light if invert is None else invert
     sign, seen, unseen = (-1, dark, light) if is_dark else (1, light, dark)
     ink = np.sort(sign * ink, axis=None)
     white = ink[-1 - int(0.1 * (ink > 0).sum())] if seen > 0 else np.float32(np.inf)
-    left, top = (size - w) // 2, (size - h) // 2
-    canvas = np.zeros((size, size), np.uint8)
-    canvas[top : top + h, left : left + w] = np.rint((255 / white * sign * difference).clip(0, 255))
-    floor = np.ceil((255 * np.maximum(TRACE, noise) / white).clip(max=255)).astype(np.uint8)
+    x = np.rint((255 / white * sign * difference).clip(0, 255)).astype(np.uint8)
+    floor = int(np.ceil((255 * np.maximum(TRACE, noise) / white).clip(max=255)))
     # Where a surface was taken off, a little is left of an image without any ink.
-    is_plain = np.abs(difference).max() < 0.01 if is_uneven else np.ptp(image) == 0
+    is_plain = np.abs(difference).max() < 0.01 if background == SURFACE else np.ptp(image) == 0
     is_low = seen + unseen == 0 and not is_plain
-    facts = [is_low, specks > 5 and not is_low, is_rough, unseen > MIXED * (seen + unseen)]
-    facts += [specks > 0 and not is_low, is_uneven, is_dark and seen > 0 and invert is None]
-    return canvas, (left, top, w / clean.shape[1], h / clean.shape[0]), floor, facts
+    facts = [is_low, specks > 5 and not is_low, background == UNEVEN, unseen > MIXED * (seen + unseen)]
+    doubt = next((fact for fact, is_so in zip(FACTS, facts) if is_so), None)
+    facts += [specks > 0 and not is_low, background == SURFACE, background == WIDE]
+    return Canvas(x, (0, 0, 1.0, 1.0), doubt, floor, [*facts, is_dark and seen > 0 and invert is None])
+
+
+def rescale(canvas: Canvas, factor: float) -> Canvas:
+    """A canvas made larger or smaller, with no new greys beyond its own."""
+    h, w = (max(1, round(side * factor)) for side in canvas.x.shape)
+    if (h, w) == canvas.x.shape:
+        return canvas
+    x = np.asarray(Image.fromarray(canvas.x).resize((w, h), Image.Resampling.BICUBIC)).clip(0, canvas.x.max())
+    left, top, across, down = canvas.place
+    across, down = across * w / canvas.x.shape[1], down * h / canvas.x.shape[0]
+    return canvas._replace(x=x, place=(left * factor, top * factor, across, down))
+
+
+def letterbox(canvas: Canvas, size: int) -> Canvas:
+    """A canvas scaled so that its longer side has `size` pixels, in the middle of a square one."""
+    canvas = rescale(canvas, size / max(canvas.x.shape))
+    (h, w), (_, _, *scale) = canvas.x.shape, canvas.place
+    left, top = (size - w) // 2, (size - h) // 2
+    x = np.pad(canvas.x, ((top, size - h - top), (left, size - w - left)))
+    return canvas._replace(x=x, place=(left, top, *scale))
 
 
 def white_of(image: np.ndarray) -> np.float32:
@@ -229,23 +234,15 @@ def without_specks(image: np.ndarray) -> tuple[np.ndarray, int]:
     return np.where(light, upper, np.where(dark, lower, image)), (light | dark).sum()
 
 
-def resize_to_canvas(image: np.ndarray, size: int) -> np.ndarray:
-    """An image `[h, w]`, float32, with `size` pixels along its longer side, and no new greys beyond its own."""
-    h, w = (max(1, round(side * size / max(image.shape))) for side in image.shape)
-    resized = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
-    return np.asarray(resized).clip(image.min(), image.max())
-
-
-def without_background(image: np.ndarray, noise: float) -> tuple[np.ndarray, bool, bool]:
-    """What an image `[h, w]` differs by from its background; whether that was an uneven one; and whether it is uneven
-    in a way that no smooth surface fits."""
+def without_background(image: np.ndarray, noise: float) -> tuple[np.ndarray, str | None]:
+    """What an image `[h, w]` differs by from its background, and, if that was not even, SURFACE, WIDE or UNEVEN."""
     h, w = image.shape
     edge = max(1, round(0.04 * max(h, w)))
     border = np.ones((h, w), bool)
     border[edge:-edge, edge:-edge] = False
     difference, even = image - np.median(image[border]), np.maximum(EVEN, noise / 3)
     if np.quantile(np.abs(difference[border]), 0.75) <= even:
-        return difference, False, False
+        return difference, None
     # A quadratic surface, with the least absolute deviations: objects that touch the border count little.
     y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], -1)
@@ -255,33 +252,34 @@ def without_background(image: np.ndarray, noise: float) -> tuple[np.ndarray, boo
         weighted = (at / np.maximum(errors, 1e-3)).T
         surface = np.linalg.solve(weighted @ at + 1e-6 * np.eye(6), weighted @ target)
         errors = np.abs(target - at @ surface)
-    if np.quantile(errors, 0.75) >= even:
-        return difference, False, True
-    return (image - (terms @ surface)[..., 0]).astype(np.float32), True, False
+    if np.quantile(errors, 0.75) < even:
+        return (image - (terms @ surface)[..., 0]).astype(np.float32), SURFACE
+    if max(h, w) <= LARGEST_CANVAS:
+        return difference, UNEVEN
+    # As in microscopy, but neither light nor dark objects are preferred: they cover less than half of any surrounding.
+    small = Image.fromarray(image).reduce(max(h, w) // 64)
+    size = round(max(small.size) / 3)
+    around = ndimage.gaussian_filter(ndimage.median_filter(np.asarray(small), size, mode="nearest"), size / 4)
+    return image - np.asarray(Image.fromarray(around).resize((w, h), Image.Resampling.BICUBIC)), WIDE
 
 
-def largest_component_length(x: np.ndarray) -> np.ndarray:
-    """How long the largest connected piece of ink is, in pixels, on each canvas `[n, h, h]`, uint8 or floats."""
-    lengths = []
-    for ink in x > (127 if x.dtype == np.uint8 else 0.5):
-        labels, _ = ndimage.label(ink, np.ones((3, 3)))
-        lengths.append(max((side.stop - side.start for box in ndimage.find_objects(labels) for side in box), default=0))
-    return np.array(lengths, int)
-
-
-def estimate_object_size(x: np.ndarray) -> float | None:
-    """How long an object is, about, in pixels: the median of `largest_component_length`; None if there is no ink."""
-    lengths = largest_component_length(x)
-    return float(np.median(lengths[lengths > 0])) if lengths.any() else None
+def piece_lengths(x: np.ndarray) -> np.ndarray:
+    """How long the connected pieces of ink on a canvas, uint8 `[h, w]`, are, in pixels; smallest ones, which may be
+    noise, do not count."""
+    labels, n = ndimage.label(x > 0.4 * 255, np.ones((3, 3)))
+    areas = np.bincount(labels.ravel(), minlength=n + 1)[1:]
+    lengths = np.array([max(side.stop - side.start for side in box) for box in ndimage.find_objects(labels)], int)
+    return lengths[areas >= max(4, 0.1 * np.max(areas, initial=0))]
 
 
 def has_unexplained_ink(x: np.ndarray, boxes: np.ndarray, floor: float) -> bool:
-    """Whether on a canvas, uint8 `[h, h]`, a piece of what is brighter than `floor` (of `Canvases`) lies mostly outside
+    """Whether on a canvas, uint8 `[h, w]`, a piece of what is brighter than `floor` (of `Canvas`) lies mostly outside
     the windows `[k, 4]`, (x, y, w, h) in pixels."""
     labels, n = ndimage.label(x > floor, np.ones((3, 3)))
-    y, x = np.mgrid[: len(x), : len(x)] + 0.5
-    windows = [(abs(x - left - w / 2) < w / 2) & (abs(y - top - h / 2) < h / 2) for left, top, w, h in boxes]
-    covered = np.any([np.zeros_like(labels), *windows], 0)
+    covered = np.zeros(x.shape, bool)
+    for left, top, w, h in np.asarray(boxes).reshape(-1, 4):
+        rows, columns = (np.rint([at, at + length]).clip(0).astype(int) for at, length in ((top, h), (left, w)))
+        covered[slice(*rows), slice(*columns)] = True
     sizes, inside = (np.bincount(part.ravel(), minlength=n + 1)[1:] for part in (labels, labels[covered]))
     return bool((inside < 0.3 * sizes)[sizes >= 6].any())
 

@@ -22,10 +22,11 @@ import pyro
 import torch
 
 from air import AIR
-from evaluation import evaluate, interval, reference_stats
+from evaluation import evaluate, evaluate_images, interval, reference_stats
+from images import load_images
 from training import run
 from training.checkpoint import build_air, read_checkpoint, read_reference
-from training.data import evaluation_scenes, load_scenes, pose_prior
+from training.data import evaluation_scenes, load_scenes, pose_prior, report
 from training.options import one_line_errors, parse
 from training.parallel import Processes
 from training.pictures import Pictures
@@ -51,8 +52,9 @@ def train(args, processes: Processes, resumes: bool) -> None:
     pictures = Pictures(args.out, args.visdom, args.visdom_env) if processes.is_main else None
     checkpoint = read_checkpoint(args.load)[0] if args.load else None
     size = checkpoint["air"]["image_size"] if checkpoint else None
-    options = args.data_dir, size, args.invert, args.max_objects
-    train_scenes, validation_scenes, test_scenes, sha256 = load_scenes(args.data, *options, processes)
+    options = size, args.invert, args.max_objects, args.crop, args.object_size
+    scenes = load_scenes(args.data, args.data_dir, processes, *options)
+    train_scenes, validation_scenes, test_scenes, sha256, length = scenes
     if resumes and checkpoint["data_sha256"] != sha256:
         raise run.UsageError(f"{args.out} was trained on other images: name another folder to resume it in with --out")
     # This process's share, on its device; uint8: a mini-batch becomes floats when it is drawn.
@@ -63,8 +65,9 @@ def train(args, processes: Processes, resumes: bool) -> None:
     if checkpoint:
         air = build_air(checkpoint, args.load)
     else:
-        prior = pose_prior(train_scenes.x, args.object_size) if args.data or args.object_size else {}
-        air = AIR(args.max_objects, train_scenes.x.shape[1], guide=args.guide, baseline=args.baseline, **prior)
+        size = train_scenes.x.shape[1]
+        prior = pose_prior(size, length) if length else {}
+        air = AIR(args.max_objects, size, guide=args.guide, baseline=args.baseline, **prior)
     air.to(processes.device)
     processes.broadcast(air.state_dict().values())
     svi, adam = make_svi(air, args.estimator, processes)
@@ -119,10 +122,16 @@ def evaluate_only(args) -> dict:
     """What would be a line of metrics.jsonl: on the run's test scenes, or on all images that --data names."""
     checkpoint, path = read_checkpoint(args.load)
     air = build_air(checkpoint, path).to("cuda" if args.cuda else "cpu")
-    split, scenes = evaluation_scenes(args.data, args.data_dir, args.invert, checkpoint, air.image_size)
     reference = read_reference(checkpoint, path)
-    metrics = evaluate(air, scenes, args.max_objects, True, reference and reference.temperature).metrics
-    return run.metrics_line(split, run.State(checkpoint["step"], checkpoint["seconds"]), metrics)
+    if args.data:
+        canvases, counts, remarks = load_images(args.data, args.invert)
+        report(remarks)
+        metrics = evaluate_images(air, canvases, counts, reference, args.object_size)
+    else:
+        scenes = evaluation_scenes(checkpoint, args.data_dir)
+        metrics = evaluate(air, scenes, args.max_objects, True, reference and reference.temperature).metrics
+    state = run.State(checkpoint["step"], checkpoint["seconds"])
+    return run.metrics_line("data" if args.data else "test", state, metrics)
 
 
 def summary(result: dict, folder: Path) -> str:

@@ -67,6 +67,15 @@ class Found(NamedTuple):
     explained: float  # the share of the image's ink (its squared pixels) that the reconstruction accounts for
     reconstruction: Tensor  # [h, w]
 
+    @property
+    def count(self) -> int:
+        return len(self.losses)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether somewhere as many objects were found as are looked for."""
+        return bool((self.cell.bincount() >= self.cell_evidence.shape[1] - 1).any())
+
     def count_probs(self, temperature: float = 1.0) -> np.ndarray:
         """The probability of 0, 1, .. objects. What is in a cell is taken to be independent of what is in others."""
         probs = np.ones(1)

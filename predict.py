@@ -1,41 +1,45 @@
-"""Count and find the objects in images of your own, with an AIR that main.py trained.
+"""Count and find the objects in images of your own, of any size, with an AIR that main.py trained.
 
     python predict.py runs/NAME IMAGES               # one JSON object for each image
-    python predict.py runs/NAME IMAGES --out DIR     # and a picture of each, with the boxes
+    python predict.py runs/NAME IMAGES --csv FILE    # and a line for each object
+    python predict.py runs/NAME IMAGES --out DIR     # and a picture of each image, with the boxes
 
 IMAGES is an image file, an `.npz` file with an array `x`, or a folder of these; images.py says how they are read.
 """
 
 import argparse
-import itertools
+import csv
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
 import images
 import viz
-from air import AIR, MAX_OBJECTS
-from evaluation import ReferenceStats, out_of_distribution
-from inference import MOST_OBJECTS, explain
+from air import AIR
+from evaluation import ReferenceStats, find_at_scale, out_of_distribution
 from multi_mnist import DataError, one_line
+from patches import Found
 from training.checkpoint import build_air, read_checkpoint, read_reference
 from training.options import UsageError, one_line_errors, positive
 
-TOGETHER = 128  # images that are looked at at once
+TOGETHER = 128, 2**22  # at most so many images are looked at at once, and pixels, but for a larger image
 UNSURE = 0.9  # A count with a smaller probability is reported as in doubt.
+COLUMNS = "file index x y w h probability".split()
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder or checkpoint")
     parser.add_argument("images", type=Path, metavar="IMAGES", help="an image, an .npz, or a folder of them")
-    text = f"most objects looked for (default: {MOST_OBJECTS}; with the RNN guide the run's own)"
-    parser.add_argument("-t", "--max-objects", type=positive(int, MAX_OBJECTS), metavar="T", help=text)
+    text = "length of an object, or file: the same for all images of a file (default: estimated for each image)"
+    parser.add_argument("--object-size", type=object_size, metavar="PIXELS|file", help=text)
     text = "whether the images are dark on light (default: detected for each image)"
     parser.add_argument("--invert", action=argparse.BooleanOptionalAction, help=text)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where to write a table of all objects")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to put a picture of each image with its boxes")
     failed = 0
     with one_line_errors("predict.py"):
@@ -52,18 +56,37 @@ def main(argv: list[str] | None = None) -> None:
             args.out.mkdir(parents=True, exist_ok=True)
             if any(args.out.iterdir()):
                 raise UsageError(f"--out {args.out} already exists and is not empty; name another folder")
-        print("[", end="")
-        try:
-            for i, result in enumerate(predict(air, files, reference, args.invert, args.out, args.max_objects)):
-                print(",\n " if i else "", json.dumps(result), sep="", end="", flush=True)
-                name = one_line(result["file"]) + (f" {result['index']}" if "index" in result else "")
-                failed += "error" in result
-                for kind in ("warning", "error"):
-                    if kind in result:
-                        print(f"{name}: {kind}: {one_line(result[kind])}", file=sys.stderr)
-        finally:
-            print("]")  # Interrupted as well, it leaves a whole list.
+        if args.csv and args.csv.exists():
+            raise UsageError(f"--csv {args.csv} already exists; name another file")
+        with open(args.csv, "x", newline="", encoding="utf-8") if args.csv else nullcontext() as table:
+            rows = csv.writer(table) if table else None
+            if rows:
+                rows.writerow(COLUMNS)
+            print("[", end="")
+            try:
+                results = predict(air, files, reference, args.invert, args.out, args.object_size)
+                for i, result in enumerate(results):
+                    print(",\n " if i else "", json.dumps(result), sep="", end="", flush=True)
+                    if rows:
+                        place = result["file"], result.get("index", "")
+                        objects = zip(result.get("boxes", ()), result.get("probabilities", ()))
+                        rows.writerows([*place, *box, probability] for box, probability in objects)
+                    name = one_line(result["file"]) + (f" {result['index']}" if "index" in result else "")
+                    failed += "error" in result
+                    for kind in ("warning", "error"):
+                        if kind in result:
+                            print(f"{name}: {kind}: {one_line(result[kind])}", file=sys.stderr)
+            finally:
+                print("]")  # Interrupted as well, it leaves a whole list.
     sys.exit(1 if failed else 0)
+
+
+def object_size(text: str) -> float | str:
+    """An argparse type."""
+    return text if text == "file" else positive(float)(text)
+
+
+object_size.__name__ = "file, or number greater than 0"
 
 
 def predict(
@@ -72,100 +95,123 @@ def predict(
     reference: ReferenceStats | None = None,
     invert: bool | None = None,
     folder: Path | None = None,
-    max_objects: int | None = None,
+    object_size: float | str | None = None,
 ) -> Iterator[dict]:
     """What is in the images in some files, see `images.read_file`.
 
     Yields a dictionary for each image, of plain values: file; index, if there are several in it; count; probability,
     that of the count (None if it is not known, see `evaluation.calibrate`); explained, the share of the ink that it
-    accounts for; log_weight, its evidence in nats, see `inference.explain`; boxes, `[x, y, w, h]` each, in pixels of
-    the image as it was (they may reach beyond its edges); and warning, with what speaks against the count (it is None
-    if nothing can be told). For a file that cannot be read, and for a picture that cannot be written: file and error.
-    Nothing depends on chance, nor on other images. What was done to a file's images is reported on stderr.
+    accounts for; log_weight, its evidence in nats, see `patches.find`; scale, by which the image was made larger before
+    its objects were looked for, so that they are as long as in training; boxes, `[x, y, w, h]` each, in pixels of the
+    image as it was (they may reach beyond its edges); probabilities, of each box that it is an object (None if they are
+    not known); and warning, with what speaks against the count (it is None if nothing can be told). For a file that
+    cannot be read, and for a picture that cannot be written: file and error. Nothing depends on chance, nor on other
+    images. What was done to a file's images is reported on stderr.
 
     reference: what ordinary scenes look like, and the temperature of probabilities; without it there are neither
         probabilities nor warnings of what is unlike such scenes.
     invert: whether the images are dark on light; None finds it out for each image.
     folder: where to put a picture of each image with its boxes, if anywhere.
-    max_objects: T, the most objects that can be found, see `inference.explain`.
+    object_size: how long an object is, in pixels; "file": the same in all images of a file; None: each has its own.
     """
-    all_images = itertools.chain.from_iterable(
-        canvases_of(file, air.image_size, invert, bool(folder)) for file in files
-    )
-    some = np.zeros((0, air.image_size, air.image_size), np.uint8)
-    while batch := list(itertools.islice(all_images, TOGETHER)):
-        readable = [image for image in batch if "error" not in image[0]]
-        if readable:
-            some = np.concatenate([some, count_and_find(air, readable, reference, folder, max_objects)])[:1000]
+    some = {}  # of each size, at most a thousand
+    for batch in batches(canvases_of(file, invert, object_size) for file in files):
+        readable = [image for image in batch if image[2]]
+        seen = find_at_scale(air, [canvas for _, _, canvas, _ in readable], [length for *_, length in readable])
+        for (result, original, canvas, _), (found, at_scale, in_doubt) in zip(readable, seen):
+            describe(result, found, canvas, at_scale, in_doubt, reference)
+            if folder and result["count"] is not None:
+                draw(result, original, folder)
+            same = some.setdefault(canvas.x.shape, [])
+            same.extend([canvas.x] * (len(same) < 1000))
         yield from (result for result, *_ in batch)
-    if images.has_fixed_ink(some):
+    if any(images.has_fixed_ink(np.stack(same)) for same in some.values()):
         print(images.FIXED_INK, file=sys.stderr)
 
 
-def canvases_of(file: Path, size: int, invert: bool | None, draw: bool) -> Iterator[tuple]:
-    """Of each image in a file: what is known of it, itself if it will be drawn, its canvas, place, doubt and floor."""
+def batches(all_images: Iterator[Iterator[tuple]]) -> Iterator[list[tuple]]:
+    """Images in lists of at most TOGETHER."""
+    batch, pixels = [], 0
+    for image in (image for of_file in all_images for image in of_file):
+        size = image[2].x.size if image[2] else 0
+        if batch and (len(batch) == TOGETHER[0] or pixels + size > TOGETHER[1]):
+            yield batch
+            batch, pixels = [], 0
+        batch.append(image)
+        pixels += size
+    if batch:
+        yield batch
+
+
+def canvases_of(file: Path, invert: bool | None, object_size: float | str | None) -> Iterator[tuple]:
+    """Of each image in a file: what is known of it, itself, its canvas, and how long its objects are, if known."""
     try:
         blocks, _, remarks = images.read_file(file)
-        canvases = images.to_canvases(blocks, size, invert)
+        originals = [image for block in blocks for image in block]
+        canvases = [images.to_canvas(image, invert) for image in originals]
     except DataError as error:
-        yield {"file": file.name, "error": one_line(error)}, None, None, None, None, None
+        yield {"file": file.name, "error": one_line(error)}, None, None, None
         return
-    for remark in [*remarks, *canvases.remarks]:
+    if object_size == "file":
+        lengths = np.concatenate([images.piece_lengths(canvas.x) for canvas in canvases])
+        object_size = float(np.median(lengths)) if len(lengths) else None
+        remarks = [*remarks, f"its objects are taken to be {object_size or 0:.0f} pixels long"]
+    for remark in [*remarks, *images.remarks_on(canvases)]:
         print(f"{one_line(file.name)}: {remark}", file=sys.stderr)
-    several = len(canvases.x) > 1 or file.suffix.lower() == ".npz"
-    originals = (image if draw else None for block in blocks for image in block)
-    for i, (image, *rest) in enumerate(zip(originals, canvases.x, canvases.places, canvases.doubts, canvases.floors)):
-        yield {"file": file.name} | ({"index": i} if several else {}), image, *rest
+    several = len(canvases) > 1 or file.suffix.lower() == ".npz"
+    for i, (image, canvas) in enumerate(zip(originals, canvases)):
+        yield {"file": file.name} | ({"index": i} if several else {}), image, canvas, object_size
 
 
-def count_and_find(
-    air: AIR, batch: list[tuple], reference: ReferenceStats | None, folder: Path | None, max_objects: int | None
-) -> np.ndarray:
-    """Add to what is known of each image what is in it; draw it, if there is a folder for the pictures.
-
-    Returns the canvases, uint8 `[n, h, h]`.
-    """
-    x = np.stack([canvas for _, _, canvas, *_ in batch])
-    seen = explain(air, x, max_objects)
+def describe(
+    result: dict, found: Found, canvas: images.Canvas, at_scale: images.Canvas, in_doubt: bool, reference
+) -> None:
+    """Add to what is known of an image what was found in it, at some scale."""
+    result |= dict.fromkeys(("count", "probability", "explained", "log_weight", "scale")) | {"boxes": []}
+    if canvas.doubt in images.EMPTY:
+        result |= {"probabilities": [], "warning": canvas.doubt}
+        return
+    left, top, across, down = at_scale.place
+    boxes = (found.boxes.cpu().numpy() - [left, top, 0, 0]) / [across, down, across, down]
     temperature = reference and reference.temperature
-    probs = seen.count_probs(temperature or 1.0)
-    seen = [part.cpu().numpy() for part in (seen.counts, probs, seen.boxes, seen.log_weight, seen.explained)]
-    for (result, image, canvas, place, doubt, floor), length, count, probs, boxes, log_weight, explained in zip(
-        batch, images.largest_component_length(x), *seen
-    ):
-        if doubt in images.EMPTY:
-            result |= {"count": None, "probability": None, "explained": None, "log_weight": None, "boxes": []}
-            result["warning"] = doubt
-            continue
-        count, boxes = int(count), boxes[:count]
-        signs, probability = [doubt] if doubt else [], None
-        if reference:
-            signs += out_of_distribution(reference, count, log_weight, explained, length)
-        if temperature:
-            probability = round(float(probs[count]), 3)
-            if probability < UNSURE:
-                likely = [n for n in np.argsort(-probs) if probs[n] > 0.05]
-                shares = ", ".join(f"{probs[n]:.0%}" for n in likely)
-                signs.append(f"{' or '.join(map(str, likely))} objects: {shares}")
-        if count == len(probs) - 1:
-            signs.append(f"all {count} steps were used, there may be more objects (-t)")
-        elif images.has_unexplained_ink(canvas, boxes, floor):
-            signs.append("there is something where nothing was found")
-        left, top, across, down = place
-        boxes = (boxes - [left, top, 0, 0]) / [across, down, across, down]
-        result |= {"count": count, "probability": probability, "explained": round(float(explained), 2)}
-        result |= {"log_weight": round(float(log_weight), 2), "boxes": boxes.round(2).tolist()}
-        if signs:
-            result["warning"] = "; ".join(signs)
-        if folder:
-            name = "-".join(str(result[key]) for key in ("file", "index") if key in result)
-            try:
-                picture = viz.draw_scene(image / np.float32(images.white_of(image)), boxes, f"{count}")
-                with open(folder / f"{name}.png", "xb") as file:  # not in place of another image's
-                    file.write(viz.png(picture))
-            except OSError as error:
-                result["error"] = f"its picture cannot be written: {error.strerror or error}"
-    return x
+    result |= {
+        "count": found.count,
+        "explained": round(found.explained, 2),
+        "log_weight": round(found.log_weight, 2),
+        "scale": round(across, 3),
+        "boxes": boxes.round(2).tolist(),
+        "probabilities": [None] * found.count,
+    }
+    signs = [canvas.doubt] if canvas.doubt else []
+    if in_doubt:
+        signs.append("how large its objects are is in doubt (--object-size)")
+    if reference:
+        signs += out_of_distribution(reference, found.count, found.log_weight, found.explained)
+    if temperature:
+        probs = found.count_probs(temperature)
+        result["probability"] = round(float(probs[found.count]), 3)
+        result["probabilities"] = found.object_probs(temperature).round(3).tolist()
+        if result["probability"] < UNSURE:
+            likely = [n for n in np.argsort(-probs)[:5] if probs[n] > 0.05]
+            shares = ", ".join(f"{probs[n]:.0%}" for n in likely)
+            signs.append(f"{' or '.join(map(str, likely))} objects: {shares}")
+    if found.is_full:
+        signs.append("there may be more objects, too close to one another")
+    elif images.has_unexplained_ink(at_scale.x, found.boxes.cpu().numpy(), canvas.floor):
+        signs.append("there is something where nothing was found")
+    if signs:
+        result["warning"] = "; ".join(signs)
+
+
+def draw(result: dict, image: np.ndarray, folder: Path) -> None:
+    """Write a picture of an image with its boxes, not in place of another's."""
+    name = "-".join(str(result[key]) for key in ("file", "index") if key in result)
+    try:
+        picture = viz.draw_boxes(image / np.float32(images.white_of(image)), result["boxes"])
+        with open(folder / f"{name}.png", "xb") as file:
+            file.write(viz.png(picture))
+    except OSError as error:
+        result["error"] = f"its picture cannot be written: {error.strerror or error}"
 
 
 if __name__ == "__main__":

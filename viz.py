@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
+from PIL import Image, ImageDraw
 
 DPI = 110  # pixels to an inch
 # The steps' boxes: the paper's colours, and kinds of lines for readers who cannot tell colours apart.
@@ -33,12 +33,14 @@ def draw_scenes(images, boxes=None, captions=None, columns=10, title=None, label
     return render(sheet.axis.figure)
 
 
-def draw_scene(image: np.ndarray, boxes, caption: str) -> np.ndarray:
-    """One image of any size `[h, w]`, drawn at least 480 pixels long, with boxes `[k, 4]` and a text above it."""
-    step = -(-max(image.shape) // 1000)  # a photograph has more pixels than are needed here
-    h, w = image[::step, ::step].shape
-    pixel = max(1, 480 / max(h, w)) / DPI
-    return draw_scenes([image[::step, ::step]], [np.divide(boxes, step)], [caption], 1, size=(w * pixel, h * pixel))
+def draw_boxes(image: np.ndarray, boxes) -> np.ndarray:
+    """One image of any size `[h, w]` with boxes `[k, 4]`, pixel by pixel; a small one is enlarged to 480 pixels."""
+    pixel = -(-480 // max(image.shape))
+    grey = np.rint(255 * image.clip(0, 1)).astype(np.uint8).repeat(pixel, 0).repeat(pixel, 1)
+    picture = Image.fromarray(grey).convert("RGB")
+    for i, (x, y, w, h) in enumerate(np.asarray(boxes).reshape(-1, 4) * pixel):
+        ImageDraw.Draw(picture).rectangle((x, y, x + w, y + h), outline=COLOURS[i % len(COLOURS)], width=2)
+    return np.asarray(picture)
 
 
 def draw_steps(images, boxes, counts, x_att, y_att, canvases, q_count, title=None) -> np.ndarray:

@@ -20,10 +20,10 @@ from training.svi import NonFiniteError
 
 # On resuming, FIXED flags are what the run is, KEPT ones are kept unless told otherwise, others are as by default.
 FIXED = """
-    batch_size learning_rate baseline_learning_rate estimator baseline seed max_objects guide invert object_size
+    batch_size learning_rate baseline_learning_rate estimator baseline seed max_objects guide invert crop object_size
 """.split()
 KEPT = "num_steps cuda data_dir data eval_every viz_every".split()
-EVALUATION = "cuda max_objects data_dir data invert load eval_only".split()  # make a difference to --eval-only
+EVALUATION = "cuda max_objects data_dir data invert object_size load eval_only".split()  # matter to --eval-only
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -63,8 +63,10 @@ def make_parser() -> argparse.ArgumentParser:
     text = "your own images, a folder or a file; the last tenth is held out (default: multi-MNIST)"
     add("--data", type=Path, metavar="PATH", help=text)
     add("--invert", action=switch, help="whether the images in --data are dark on light (default: each is looked at)")
-    text = "length of an object, in pixels or as a share of the canvas (default: a digit's; estimated with --data)"
-    add("--object-size", type=positive(float), metavar="SIZE", help=text)
+    text = "train on random crops of the images in --data, so wide (default: of large images, three objects)"
+    add("--crop", type=positive(int), metavar="PIXELS", help=text)
+    text = "length of an object in the images of --data (default: estimated)"
+    add("--object-size", type=positive(float), metavar="PIXELS", help=text)
 
     group = parser.add_argument_group("what a run leaves")
     add("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/<date>-<time>-seed<seed>)")
@@ -92,11 +94,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise DataError(f"{load} is not of a run of this script")
         flags = {name: checkpoint["flags"][name] for name in FIXED + KEPT}
         # With --eval-only, --data is something else: images to evaluate on.
-        parser.set_defaults(**flags | ({"data": None, "invert": None} if args.eval_only else {}))
+        own = ("data", "invert", "crop", "object_size")
+        parser.set_defaults(**flags | (dict.fromkeys(own) if args.eval_only else {}))
         args = parser.parse_args(argv)
         args.load = load
         # More objects may be looked for than in training, in images that are stored in another way.
-        free = ("max_objects", "invert") if args.eval_only else ()
+        free = ("max_objects", *own) if args.eval_only else ()
         for name in FIXED:
             if name not in free and getattr(args, name) != flags[name]:
                 raise UsageError(f"{flag(name)} {getattr(args, name)}: the loaded run has {flags[name]}")
@@ -124,8 +127,9 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--eval-only needs --load")
     if args.eval_only and world_size > 1:
         raise UsageError("--eval-only cannot be combined with torchrun")
-    if args.invert is not None and not args.data:
-        raise UsageError("--invert and --no-invert need --data")
+    for name in ("invert", "crop", "object_size"):
+        if getattr(args, name) is not None and not args.data:
+            raise UsageError(f"{flag(name)} needs --data")
     if not 0 <= args.seed < 2**32:  # what every random number generator takes
         raise UsageError(f"--seed {args.seed} is not between 0 and {2**32 - 1}")
     if args.batch_size % world_size:
