@@ -18,7 +18,7 @@ from patches import Found, find
 # Of the canvases of a batch, 500 of multi-MNIST's scenes with T = 3: all that is painted then takes about 200 MB.
 BATCH_PIXELS = 500 * 4 * 50**2
 # An image is scaled until its objects are so long, in usual windows, unless it would hardly change.
-OBJECT, USUAL = 0.8, (0.75, 1.2)
+OBJECT, USUAL = 0.8, (0.75, 1.07)
 SHRINKS = 0.12  # how much less of its ink is explained if it is made smaller, but for its objects
 KEPT_WHOLE = 30  # images of which an evaluation keeps everything
 RARE = 0.003  # the share of ordinary scenes that each of two bounds leaves out

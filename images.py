@@ -264,12 +264,15 @@ def without_background(image: np.ndarray, noise: float) -> tuple[np.ndarray, str
 
 
 def piece_lengths(x: np.ndarray) -> np.ndarray:
-    """How long the connected pieces of ink on a canvas, uint8 `[h, w]`, are, in pixels; smallest ones, which may be
-    noise, do not count."""
+    """How long the connected pieces of ink on a canvas, uint8 `[h, w]`, are, in pixels. Small ones, which may be noise,
+    do not count; nor does what the border cuts, unless there is nothing else."""
     labels, n = ndimage.label(x > 0.4 * 255, np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=n + 1)[1:]
     lengths = np.array([max(side.stop - side.start for side in box) for box in ndimage.find_objects(labels)], int)
-    return lengths[areas >= max(4, 0.1 * np.max(areas, initial=0))]
+    counts = areas >= max(4, 0.1 * np.max(areas, initial=0))
+    at_border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    whole = counts & ~np.isin(np.arange(1, n + 1), at_border)
+    return lengths[whole if whole.any() else counts]
 
 
 def has_unexplained_ink(x: np.ndarray, boxes: np.ndarray, floor: float) -> bool:

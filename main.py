@@ -23,10 +23,9 @@ import torch
 
 from air import AIR
 from evaluation import evaluate, evaluate_images, interval, reference_stats
-from images import load_images
 from training import run
 from training.checkpoint import build_air, read_checkpoint, read_reference
-from training.data import evaluation_scenes, load_scenes, pose_prior, report
+from training.data import evaluation_scenes, load_scenes, own_images, pose_prior
 from training.options import one_line_errors, parse
 from training.parallel import Processes
 from training.pictures import Pictures
@@ -124,11 +123,12 @@ def evaluate_only(args) -> dict:
     air = build_air(checkpoint, path).to("cuda" if args.cuda else "cpu")
     reference = read_reference(checkpoint, path)
     if args.data:
-        canvases, counts, remarks = load_images(args.data, args.invert)
-        report(remarks)
-        metrics = evaluate_images(air, canvases, counts, reference, args.object_size)
+        canvases, scenes = own_images(args.data, args.invert, air.image_size)
     else:
-        scenes = evaluation_scenes(checkpoint, args.data_dir)
+        canvases, scenes = None, evaluation_scenes(checkpoint, args.data_dir)
+    if canvases:
+        metrics = evaluate_images(air, canvases, scenes.counts, reference, args.object_size)
+    else:
         metrics = evaluate(air, scenes, args.max_objects, True, reference and reference.temperature).metrics
     state = run.State(checkpoint["step"], checkpoint["seconds"])
     return run.metrics_line("data" if args.data else "test", state, metrics)

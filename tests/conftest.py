@@ -27,12 +27,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import inference  # noqa: E402
 import main  # noqa: E402
 import multi_mnist  # noqa: E402
+import patches  # noqa: E402
 import training.svi  # noqa: E402
 from training.checkpoint import read_checkpoint  # noqa: E402
 from training.run import read_metrics as metrics  # noqa: E402
 
 # The search finds little in what was hardly trained, and few images are looked at.
 inference.PATIENCE, inference.TOGETHER = 1, 4
+patches.PATIENCE, patches.TOGETHER, patches.SWEEPS = 1, 4, 1
 
 LIMIT = 600  # seconds that an event is waited for, however slow the machine is
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(LIMIT)  # that torchrun gives processes which it tells to stop

@@ -12,10 +12,10 @@ import multi_mnist
 import training.data
 from air import AIR
 from evaluation import evaluate
-from images import to_canvases
+from images import letterbox, to_canvas
 from multi_mnist import Scenes
 from training.checkpoint import load_air, read_checkpoint
-from training.data import pose_prior
+from training.data import load_own_scenes, pose_prior
 from training.svi import count_ratio, schedule
 
 no_pictures = pytest.mark.usefixtures("no_pictures")
@@ -89,7 +89,9 @@ def test_a_users_own_images(labelled, run_main, digits, tmp_path):
     lines, air = metrics(folder), load_air(folder)
     assert [line["images"] for line in lines] == [6, 6] and ("count accuracy" in finished.stdout) == labelled
     assert air.image_size == 40
-    expected = evaluate(air, Scenes(to_canvases(x[-6:]).x, own.counts[-6:])).metrics
+    expected = evaluate(
+        air, Scenes(np.stack([letterbox(to_canvas(image), 40).x for image in x[-6:]]), own.counts[-6:])
+    ).metrics
     assert lines[-1]["elbo"] == pytest.approx(expected["elbo"])
     assert lines[-1]["count_accuracy"] == (expected["count_accuracy"] if labelled else None)
     assert (folder / "mistakes.png").exists() == (folder / "confusion.png").exists() == labelled
@@ -131,6 +133,7 @@ def test_own_images_that_do_not_do(run_main, scenes, tmp_path):
         ("empty.npz", "the images are all empty"),
         ("folder", "has no files (subfolders are not looked into)"),
         ("own.npz --object-size 45", "larger than the canvas of 50 pixels"),
+        ("own.npz --crop 51", "no image is as large as a crop"),
     ):
         refused = run_main(*SHORT, "--out", tmp_path / "run", "--data", *f"{tmp_path}/{flags}".split())
         assert refused.returncode == 2 and error in refused.stderr.splitlines()[-1] and not (tmp_path / "run").exists()
@@ -155,14 +158,37 @@ def test_by_default_multi_mnist(run, monkeypatch, scenes, tmp_path):
     assert evaluated == metrics(folder)[-1] and evaluated["split"] == "test" and evaluated["images"] == 50
 
 
-def test_the_prior_on_poses_fits_the_objects():
-    """Estimated from the images, or as told, in pixels or as a share."""
+def test_how_long_objects_are_taken_to_be(tmp_path):
+    """Estimated from the images, or as told; the prior on poses is for windows a little longer."""
     x = np.zeros((40, 100, 100), np.uint8)
     x[:, 20:30, 40:48] = x[:, 60:70, 40:48] = 255  # ten pixels long
-    for object_size, s in ((None, 100 / 11.5), (20, 100 / 23), (0.3, 100 / 34.5)):
-        prior = pose_prior(x, object_size)
-        assert prior["z_where_loc"] == pytest.approx([s, 0, 0])
-        assert prior["z_where_scale"] == pytest.approx([s / 15, s / 3, s / 3])
+    np.savez(tmp_path / "own.npz", x=x)
+    for object_size, length in ((None, 10), (20, 20)):
+        assert load_own_scenes(tmp_path / "own.npz", None, None, 3, None, object_size)[-1] == length
+    prior = pose_prior(100, 20)
+    s = 100 / 23
+    assert prior["z_where_loc"] == pytest.approx([s, 0, 0])
+    assert prior["z_where_scale"] == pytest.approx([s / 15, s / 3, s / 3])
+
+
+@pytest.mark.parametrize("crop, size, told", [(40, None, 40), (None, None, 36), (80, 40.0, 80)])
+def test_crops_of_large_images(crop, size, told, tmp_path, capsys):
+    """Each is a window of one of the images, turned or mirrored; large objects are made smaller."""
+    rng, x = np.random.default_rng(0), np.zeros((2, 140, 180), np.uint8)
+    for top, left in np.ndindex(6, 8):
+        x[:, 5 + 22 * top : 17 + 22 * top, 5 + 22 * left : 13 + 22 * left] = rng.integers(150, 255, (2, 1, 1))
+    np.savez(tmp_path / "own.npz", x=x)
+    train, held_out, _, length = load_own_scenes(tmp_path / "own.npz", None, None, 3, crop, size)
+    assert f"10,000 random crops of {told} pixels" in capsys.readouterr().err
+    side = 40 if size else told
+    assert train.x.shape == (9000, side, side) and held_out.x.shape == (1000, side, side)
+    assert length == (20 if size else 12) and train.counts is None
+    if not size:
+        images = [to_canvas(image).x for image in x]
+        windows = [np.lib.stride_tricks.sliding_window_view(image, (side, side)) for image in images]
+        ways = [np.rot90(held_out.x[0], k)[:, ::step] for k in range(4) for step in (1, -1)]
+        assert any((window == way).all((2, 3)).any() for window in windows for way in ways)
+        assert len(np.unique(held_out.x.reshape(1000, -1), axis=0)) > 900
 
 
 @pytest.mark.mnist

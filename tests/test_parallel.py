@@ -69,7 +69,7 @@ def test_two_processes_are_one(torchrun, tmp_path, data_file):
         assert torch.equal(value, checkpoint["parameters"][name.removeprefix("air$$$")]), name
 
     # The gradient, by Pyro's own estimator in one process.
-    scenes = load_own_scenes(data_file, None, None, 3)[0]
+    scenes = load_own_scenes(data_file, None, None, 3, None, None)[0]
     pyro.set_rng_seed(0)
     air = AIR(**checkpoint["air"])
     air.set_count_prior(count_ratio(0, 6, air.usual_window))

@@ -127,7 +127,7 @@ def test_a_server_that_was_not_asked_for_is_not_needed(monkeypatch, tmp_path, ca
 def test_mistakes_are_those_that_were_measured(run, data_file, monkeypatch):
     """A run's pictures show the very inference of which metrics.jsonl has the accuracy."""
     air, line, shown, draw_scenes = load_air(run[0]), metrics(run[0])[-1], [], viz.draw_scenes
-    scenes = load_own_scenes(data_file, air.image_size, None, 3)[1]
+    scenes = load_own_scenes(data_file, air.image_size, None, 3, None, None)[1]
     evaluation = evaluate(air, scenes, measure_search=True)
     monkeypatch.setattr(viz, "draw_scenes", lambda *a, **k: shown.append(a) or draw_scenes(*a, **k))
     drawn = pictures.draw(air, "test", scenes, evaluation, metrics(run[0]))

@@ -1,5 +1,6 @@
 """predict.py: what it prints of images, and that an image's result is the same whatever is beside it."""
 
+import csv
 import json
 import os
 import shutil
@@ -17,9 +18,9 @@ from PIL import Image
 import inference
 import predict
 from air import AIR
-from evaluation import ReferenceStats, bounds, reference_stats
-from images import files_in, largest_component_length, to_canvases
-from inference import explain
+from evaluation import ReferenceStats, bounds, find_at_scale, reference_stats
+from images import files_in, piece_lengths, rescale, to_canvas
+from patches import find
 from training.checkpoint import load_air, read_checkpoint, save_checkpoint
 from training.data import load_own_scenes
 
@@ -50,38 +51,57 @@ def by_name(results) -> dict:
     return {(result["file"], result.get("index")): result for result in results}
 
 
-def test_an_image_in_any_company(scenes, tmp_path):
+def test_an_image_in_any_company(scenes, tmp_path, monkeypatch):
     """The same result alone, in a folder, an archive or a stack, in another order: light, dark, faint or empty."""
-    air, x = make_air(), scenes.x[:40].copy()  # more than are looked at at once
+    monkeypatch.setattr(predict, "TOGETHER", (7, 1e9))
+    air, x = make_air(), scenes.x[:12].copy()
     x[1::4] = 255 - x[1::4]
     x[2::4] = 40 + x[2::4] // 3
     x[7] = 0
     for i, image in enumerate(x):
         Image.fromarray(image).save(tmp_path / f"{i:02}.png")
     folder = by_name(predict.predict(air, files_in(tmp_path)))
-    expected = [folder[f"{i:02}.png", None] for i in range(40)]
+    expected = [folder[f"{i:02}.png", None] for i in range(12)]
     assert len({result["count"] for result in expected}) > 2
-    for i in (0, 1, 2, 7, 39):
+    for i in (0, 1, 7):
         check(predict.predict(air, [tmp_path / f"{i:02}.png"]), [expected[i]])
-    np.savez(tmp_path / "all.npz", x=x)
     np.savez(tmp_path / "reversed.npz", x=x[::-1])
     first, *others = (Image.fromarray(image) for image in x)
     first.save(tmp_path / "pages.tif", save_all=True, append_images=others)
-    for name, step in (("all.npz", 1), ("reversed.npz", -1), ("pages.tif", 1)):
+    for name, step in (("reversed.npz", -1), ("pages.tif", 1)):
         together = by_name(predict.predict(air, [tmp_path / name]))
-        check([together[name, i] for i in range(40)], expected[::step])
+        check([together[name, i] for i in range(12)], expected[::step])
 
 
 @pytest.mark.usefixtures("busy")
 def test_boxes_are_in_the_images_own_pixels(scenes, tmp_path):
-    """Of an image of 200 x 160 pixels: on the canvas it is a quarter as large, with 5 rows above it."""
-    air, x = make_air(), scenes.x[:1, 5:45].repeat(4, 1).repeat(4, 2)
-    Image.fromarray(x[0]).save(tmp_path / "a.png")
-    seen = explain(air, to_canvases(x, 50).x)
-    expected = {"count": 8, "log_weight": float(seen.log_weight), "explained": float(seen.explained)}
-    expected["boxes"] = 4 * (seen.boxes[0].numpy() - [0, 5, 0, 0])
+    """Of an image of 200 x 160 pixels, whose objects are said to be four times as long as they are looked for."""
+    air, x = make_air(), scenes.x[0, 5:45].repeat(4, 0).repeat(4, 1)
+    Image.fromarray(x).save(tmp_path / "a.png")
+    (seen,) = find(air, [rescale(to_canvas(x), 0.25).x])
+    expected = {"count": 8, "log_weight": seen.log_weight, "explained": seen.explained, "boxes": 4 * seen.boxes.numpy()}
     assert np.ptp(expected["boxes"], axis=0)[:2].min() > 10
-    check(predict.predict(air, [tmp_path / "a.png"]), [expected])
+    (result,) = predict.predict(air, [tmp_path / "a.png"], object_size=4 * 0.8 * air.usual_window)
+    check([result], [expected])
+    assert result["scale"] == 0.25
+
+
+def test_the_scale_that_images_are_looked_at(scenes, tmp_path):
+    """Each its own, so that its objects are as long as in training, or the same for all of a file."""
+    air, x = make_air(), scenes.x[scenes.counts == 1][:4]
+    for factor in (0.5, 1, 2.5):
+        canvases = [to_canvas(rescale(to_canvas(image), factor).x) for image in x]
+        lengths = np.array([np.median(piece_lengths(canvas.x)) for canvas in canvases])
+        np.savez(tmp_path / "a.npz", x=np.stack([canvas.x for canvas in canvases]))
+        for size, ratios in (
+            (None, 0.8 * air.usual_window / lengths),
+            ("file", [0.8 * air.usual_window / np.median(lengths)] * 4),
+        ):
+            seen = [result["scale"] for result in predict.predict(air, [tmp_path / "a.npz"], object_size=size)]
+            expected = [1.0 if 0.75 < ratio < 1.07 else ratio for ratio in ratios]
+            # Pieces that are longer than usual may be several objects that touch, and the image may stay as it is.
+            for scale, ratio in zip(seen, expected):
+                assert scale == pytest.approx(ratio, rel=0.03) or (size is None and ratio < 1 and scale == 1)
 
 
 @pytest.mark.usefixtures("busy")
@@ -89,18 +109,16 @@ def test_what_is_unlike_its_training_is_reported(scenes, tmp_path):
     """By each of the signs; and a contrast that is too low gives no count."""
     air, image = make_air(), tmp_path / "a.png"
     Image.fromarray(scenes.x[0]).save(image)
-    (plain,) = predict.predict(air, [image])
-    assert plain.pop("warning") == "all 8 steps were used, there may be more objects (-t)"
-    longest = float(largest_component_length(to_canvases(scenes.x[:1], 50).x)[0])
-    fits = ReferenceStats(plain["log_weight"] + 8 * 5.0 - 0.1, -5.0, plain["explained"] - 0.01, longest, None)
+    (plain,) = predict.predict(air, [image], object_size=13.0)
+    assert plain.pop("warning") == "there may be more objects, too close to one another"
+    fits = ReferenceStats(plain["log_weight"] + 8 * 5.0 - 0.1, -5.0, plain["explained"] - 0.01, None)
     for change, words in (
-        ({}, "all 8 steps"),
+        ({}, "there may be more"),
         ({"log_weight": fits.log_weight + 0.2}, "its log-weight is"),
         ({"per_object": -4.9}, "its log-weight is"),
         ({"explained": plain["explained"] + 0.02}, "of its ink is explained"),
-        ({"largest_component": longest - 1}, f"a connected piece of it is {longest:.0f} pixels long"),
     ):
-        (result,) = predict.predict(air, [image], fits._replace(**change))
+        (result,) = predict.predict(air, [image], fits._replace(**change), object_size=13.0)
         assert words in (warning := result.pop("warning")) and (warning.count(";") == bool(change)) and result == plain
     Image.fromarray(np.random.default_rng(0).normal(128, 2, (50, 50)).astype(np.uint8)).save(image)
     (faint,) = predict.predict(air, [image], fits)
@@ -112,11 +130,12 @@ def test_a_count_in_doubt_is_reported(scenes, tmp_path, monkeypatch):
     Image.fromarray(scenes.x[1]).save(tmp_path / "a.png")
     air = make_air()
     for temperature in (0.1, 20.0, 500.0):
-        fits = ReferenceStats(-1e9, 0.0, -1.0, 99.0, temperature)
+        fits = ReferenceStats(-1e9, 0.0, -1.0, temperature)
         (result,) = predict.predict(air, [tmp_path / "a.png"], fits)
-        probs = explain(air, to_canvases(scenes.x[1:2], 50).x).count_probs(temperature)[0].numpy()
+        ((seen, *_),) = find_at_scale(air, [to_canvas(scenes.x[1])], [None])
+        probs = seen.count_probs(temperature)
         assert result["probability"] == pytest.approx(probs[result["count"]], abs=1e-3)
-        likely = [n for n in np.argsort(-probs) if probs[n] > 0.05]
+        likely = [n for n in np.argsort(-probs)[:5] if probs[n] > 0.05]
         doubt = f"{' or '.join(map(str, likely))} objects: {', '.join(f'{probs[n]:.0%}' for n in likely)}"
         assert (doubt in result.get("warning", "")) == (probs.max() < 0.9)
     assert probs.max() < 0.9
@@ -135,25 +154,15 @@ def test_a_picture_that_cannot_be_written_ends_nothing(scenes, tmp_path):
     assert files(folder).keys() == {"b.png.png", "c.png.png"} and (folder / "c.png.png").read_text() == "another's"
 
 
-@pytest.mark.usefixtures("busy")
-def test_more_objects_than_in_training_are_looked_for(scenes, tmp_path):
-    """Up to eight without being told; as many as asked for; and a run's own number if that is larger."""
-    Image.fromarray(scenes.x[0]).save(tmp_path / "a.png")
-    for config, flags, count in (({}, (), 8), ({}, ("-t", 5), 5), ({"max_objects": 12}, (), 12)):
-        save_checkpoint(tmp_path / "air.pt", make_air(**config))
-        (result,) = json.loads(call(predict.main, tmp_path / "air.pt", tmp_path / "a.png", *flags).stdout)
-        assert result["count"] == count and f"all {count} steps were used" in result["warning"]
-
-
 def test_the_reference_is_measured_in_the_same_way(run, run_main, data_file, no_pictures, monkeypatch, tmp_path):
     """By the same search; and a run that is not finished has none."""
-    folder, x = shutil.copytree(run[0], tmp_path / "run"), load_own_scenes(data_file, None, None, 3)[1].x
+    folder, x = shutil.copytree(run[0], tmp_path / "run"), load_own_scenes(data_file, None, None, 3, None, None)[1].x
     saved = ReferenceStats(**read_checkpoint(folder)[0]["reference"])
     assert saved == reference_stats(load_air(folder), x)
     np.savez(tmp_path / "held_out.npz", x=np.load(data_file)["x"][-64:])
-    found = call(predict.main, folder, tmp_path / "held_out.npz")
+    found = call(predict.main, folder, tmp_path / "held_out.npz", "--object-size", 13)
     seen = zip(*((each["count"], each["log_weight"], each["explained"]) for each in json.loads(found.stdout)))
-    np.testing.assert_allclose(bounds(*map(np.array, seen), largest_component_length(x)), saved[:4], 1e-3, 0.02)
+    np.testing.assert_allclose(bounds(*map(np.array, seen)), saved[:3], 1e-3, 0.02)
     assert "not finished" not in found.stderr
 
     before_steps(monkeypatch, lambda i, x: os.kill(os.getpid(), signal.SIGTERM))
@@ -172,23 +181,32 @@ def test_the_command(run, scenes, tmp_path):
     good = call(predict.main, run[0], images)
     results = json.loads(good.stdout)
     assert good.returncode == 0 and [*by_name(results)] == [("a.png", None), ("b.npz", 0), ("b.npz", 1)]
-    keys = {"file", "count", "probability", "explained", "log_weight", "boxes"}
+    keys = {"file", "count", "probability", "explained", "log_weight", "scale", "boxes", "probabilities"}
     for result in results:
-        assert result.keys() - {"index", "warning"} == keys and len(result["boxes"]) == result["count"]
+        assert result.keys() - {"index", "warning"} == keys
+        assert len(result["boxes"]) == len(result["probabilities"]) == result["count"]
         assert all(len(box) == 4 for box in result["boxes"])
 
     (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:200])
     np.savez(images / "wrong.npz", y=scenes.x[:2])
-    finished = call(predict.main, run[0], images, "--out", pictures)
+    finished = call(predict.main, run[0], images, "--out", pictures, "--csv", tmp_path / "objects.csv")
     found = json.loads(finished.stdout)
     assert finished.returncode == 1 and [result for result in found if "error" not in result] == results
     wrong = [line.split(": ")[0] for line in finished.stderr.splitlines() if ": error: " in line]
     assert [each["file"] for each in found if each.keys() == {"file", "error"}] == wrong == ["cut.png", "wrong.npz"]
+    with open(tmp_path / "objects.csv", newline="") as table:
+        rows = list(csv.DictReader(table))
+    expected = [
+        (result["file"], str(result.get("index", "")), *map(str, box), str(probability or ""))
+        for result in results
+        for box, probability in zip(result["boxes"], result["probabilities"])
+    ]
+    assert [tuple(row.values()) for row in rows] == expected and [*rows[0]] == predict.COLUMNS
     earlier = files(pictures)
     assert earlier.keys() == {"a.png.png", "b.npz-0.png", "b.npz-1.png"}
     for flags, error in (
         ((run[0], images, "--out", pictures), "not empty"),
-        ((run[0], images, "--out", run[0]), "not empty"),
+        ((run[0], images, "--csv", tmp_path / "objects.csv"), "already exists"),
         ((run[0], tmp_path / "none.png"), "no such file or folder"),
         ((tmp_path / "nowhere", images), "no such checkpoint"),
     ):
@@ -200,9 +218,9 @@ def test_the_command(run, scenes, tmp_path):
 def test_what_was_found_before_an_interruption_is_kept(scenes, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "checkpoint.pt", make_air())
     np.savez(tmp_path / "a.npz", x=scenes.x[:5])
-    seen = predict.explain(make_air(), scenes.x[:2])
-    monkeypatch.setattr(predict, "explain", Mock(side_effect=[seen, KeyboardInterrupt]))
-    monkeypatch.setattr(predict, "TOGETHER", 2)
+    seen = find_at_scale(make_air(), [to_canvas(image) for image in scenes.x[:2]], [None] * 2)
+    monkeypatch.setattr(predict, "find_at_scale", Mock(side_effect=[seen, KeyboardInterrupt]))
+    monkeypatch.setattr(predict, "TOGETHER", (2, 1e9))
     finished = call(predict.main, tmp_path / "checkpoint.pt", tmp_path / "a.npz")
     assert finished.returncode == 130 and [result["index"] for result in json.loads(finished.stdout)] == [0, 1]
 

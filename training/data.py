@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from images import FIXED_INK, LARGEST_CANVAS, has_fixed_ink, letterbox, load_images, piece_lengths, rescale
+from images import FIXED_INK, LARGEST_CANVAS, Canvas, has_fixed_ink, letterbox, load_images, piece_lengths, rescale
 from multi_mnist import DataError, Scenes, digest, load_split
 from training.parallel import Processes, launched
 from training.run import UsageError
@@ -65,7 +65,9 @@ def load_own_scenes(
     if counts is not None and (most := counts.max()) > max_objects:
         raise UsageError(f"--max-objects {max_objects}: there are images with {most} objects; give -t {most} or more")
     if object_size and length * factor * MARGIN > x.shape[1]:
-        raise UsageError(f"--object-size {object_size}: with a margin, that is larger than the canvas")
+        raise UsageError(
+            f"--object-size {object_size}: with a margin, that is larger than the canvas of {longest} pixels"
+        )
     length = min(length * factor, x.shape[1] / MARGIN)
     remarks.append(f"objects are taken to be about {length / factor:.0f} pixels long (--object-size)")
     if factor != 1:
@@ -101,6 +103,16 @@ def evaluation_scenes(checkpoint: dict, data_dir: Path) -> Scenes:
     if sha256 != checkpoint["data_sha256"]:
         raise UsageError(f"{flags['data']} has other images than the run was trained on: evaluate on all, with --data")
     return scenes
+
+
+def own_images(path: Path, invert: bool | None, size: int) -> tuple[list[Canvas] | None, Scenes]:
+    """A user's images to evaluate on: as canvases of any sizes, or None if they fit one of `size` exactly; and as
+    scenes, which are empty otherwise, with their true counts."""
+    canvases, counts, remarks = load_images(path, invert)
+    report(remarks)
+    if {max(canvas.x.shape) for canvas in canvases} == {size}:
+        return None, Scenes(np.stack([letterbox(canvas, size).x for canvas in canvases]), counts)
+    return canvases, Scenes(np.zeros((0, size, size), np.uint8), counts)
 
 
 def report(remarks: list[str]) -> None:

@@ -1,0 +1,99 @@
+"""Digits by the dozen, and of other sizes: what a run counts that learned from two on canvases of 50 pixels.
+
+    python benchmarks/many.py runs/NAME              # how often it is right
+    python benchmarks/many.py runs/NAME --time FILE  # how long it takes, as a table and a picture
+
+Scenes of MNIST's test digits, put down one after another, each anew until no pixel exceeds white. Digits of other sizes
+are looked at in two ways: each image at its own scale, and all at the same (`predict.py --object-size file`).
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import viz
+from evaluation import find_at_scale
+from images import piece_lengths, to_canvas
+from multi_mnist import compose, load_digits, paint
+from patches import find
+from predict import UNSURE
+from training.checkpoint import build_air, read_checkpoint, read_reference
+
+SCENES = (10, 128), (15, 128), (30, 256), (100, 512)  # digits, and pixels of the canvas
+SIZES = 0.5, 0.7, 1.0, 1.4, 1.8  # of the usual
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="a run's folder or checkpoint")
+    parser.add_argument("-n", type=int, default=50, help="scenes of many digits of each kind (default: %(default)s)")
+    parser.add_argument("--sizes", type=int, default=250, help="scenes of each size (default: %(default)s)")
+    parser.add_argument("--time", type=Path, metavar="FILE", help="measure time instead, and draw it")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where MNIST is kept")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    checkpoint, path = read_checkpoint(args.run)
+    air, digits = build_air(checkpoint, path), load_digits(False, args.data_dir)
+    if args.time:
+        Image.fromarray(measure_time(air, digits[0])).save(args.time)
+        return
+    for count, size in SCENES:
+        x = [many(digits[0], count, size, np.random.default_rng([i, size])) for i in range(args.n)]
+        started = time.process_time()
+        off = np.array([found.count for found in find(air, x)]) - count
+        seconds = (time.process_time() - started) / max(1, args.n)
+        text = f"{np.mean(off == 0):.0%} right, mean error {np.abs(off).mean():.2f}, {seconds:.2f} s of CPU each"
+        print(f"{count} digits, {size}x{size}: {text}", flush=True)
+    temperature = read_reference(checkpoint, path).temperature
+    for size in SIZES:
+        shrink = (1.3 / size, 0.1 / size)
+        scenes = compose(*digits, args.sizes, np.random.default_rng(1), canvas_size=64, shrink=shrink)
+        canvases = [to_canvas(image) for image in scenes.x]
+        seen = find_at_scale(air, canvases, [None] * len(canvases))
+        right = np.array([found.count for found, *_ in seen]) == scenes.counts
+        sure = np.array(
+            [not doubt and found.count_probs(temperature)[found.count] >= UNSURE for found, _, doubt in seen]
+        )
+        length = np.median(np.concatenate([piece_lengths(canvas.x) for canvas in canvases]))
+        together = [found.count for found, *_ in find_at_scale(air, canvases, [length] * len(canvases))]
+        text = f"{right.mean():.1%} right, {(right | ~sure).mean():.1%} right or flagged, {sure.mean():.0%} not flagged"
+        print(f"size {size}: {text}; one scale for all: {np.mean(together == scenes.counts):.1%} right", flush=True)
+
+
+def many(digits: np.ndarray, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A scene of `count` digits, uint8 `[size, size]`."""
+    x = np.zeros((size, size), int)
+    while count:
+        side = int(28 / rng.normal(1.3, 0.1))
+        left, top = rng.integers(0, size - side + 1, 2)
+        one = paint([digits[rng.integers(len(digits))]], [side], [left], [top], size)[0]
+        if (x + one).max() <= 255:
+            x, count = x + one, count - 1
+    return x.astype(np.uint8)
+
+
+def measure_time(air, digits: np.ndarray) -> np.ndarray:
+    """Seconds of one image alone, by its number of objects and its size, as a table that is printed and as curves."""
+    curves = {}
+    for size in (64, 128, 256, 512, 1024, 2048):
+        times = []
+        for count in (1, 10, 100, 300):
+            if count <= (size / 45) ** 2 or count == 1:
+                x = many(digits, count, size, np.random.default_rng(0))
+                started = time.process_time()
+                find(air, [x])
+                times.append((count, time.process_time() - started))
+                print(f"{count} objects, {size}x{size}: {times[-1][1]:.1f} s of CPU", flush=True)
+        curves[f"{size}x{size}"] = times
+    return viz.draw_lines(curves, "objects", "seconds of CPU, one image alone")
+
+
+if __name__ == "__main__":
+    main()
