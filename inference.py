@@ -194,7 +194,7 @@ def whole(air: AIR, view: View, most: int, given: Messenger) -> Explanation:
     """One run of the guide."""
     looks = [Look(within=view.within)] * most
     z_pres, *objects, _ = propose(air, view, view.canvas, most, looks, given)
-    return explanation(air, view, objects, z_pres.bool() & (objects[-1] > -OUTSIDE / 2))
+    return explanation(air, view, objects, z_pres.bool() & is_within(view, objects[0]))
 
 
 def explanation(air: AIR, view: View, objects: Sequence[Tensor], used: Tensor) -> Explanation:
@@ -294,12 +294,16 @@ def propose(air: AIR, view: View, canvas: Tensor, most: int, looks: list[Look], 
 
     weight = sum(log_prob(model, name) - log_prob(guide, name) for name in ("z_where", "z_what")) - PRICE
     # Wherever an object lies, it is as probable as in the middle.
-    z_where, places = objects[0], pose_to_place(objects[0])
-    weight = weight + (z_where[..., 1:] / air.z_where_scale[1:]).square().sum(-1) / 2
-    outside = (places < view.within[:, None, :2]) | (places > view.within[:, None, 2:])
-    weight = weight - OUTSIDE * outside.any(-1)
+    weight = weight + (objects[0][..., 1:] / air.z_where_scale[1:]).square().sum(-1) / 2
+    weight = weight - OUTSIDE * ~is_within(view, objects[0])
     gains = torch.cat([model.nodes["empty"]["log_prob"][:, None], log_prob(model, "gain")], 1)
     return z_pres, *objects, painted, weight, gains.cumsum(1)
+
+
+def is_within(view: View, z_where: Tensor) -> Tensor:
+    """Whether objects with poses `[n, k, 3]` may be where they are, bool `[n, k]`."""
+    places = pose_to_place(z_where)
+    return ((places >= view.within[:, None, :2]) & (places <= view.within[:, None, 2:])).all(-1)
 
 
 def by_step(slots: list[Slot]) -> list[Tensor]:

@@ -233,7 +233,7 @@ class ResidualAttention(nn.Module):
         return (image - dilated).clamp(min=0)
 
     @torch.no_grad()
-    def peak(self, residual: Tensor, within: Tensor | None) -> Tensor:
+    def peak(self, residual: Tensor, within: Tensor | None = None) -> Tensor:
         """The place `[batch, 2]` where most is left, (x, y) in canvas coordinates; see `Look` for `within`."""
         size = residual.shape[-1]
         score = self.inner @ residual @ self.inner - self.outer @ residual @ self.outer

@@ -67,7 +67,8 @@ def by_hand(air, x, most, moves):
         logit, loc, scale, _ = air.attend(Step(x[None], canvas[None], None, None, (), look))
         mean, sd = air.encode(air.crop(loc, x[None], canvas[None]))
         code = mean + sd * noise
-        log_p = prior.log_prob(loc).sum() + Normal(0, 1).log_prob(code).sum()
+        in_the_middle = torch.cat([loc[:, :1], torch.zeros_like(loc[:, 1:])], 1)  # as probable as any other place
+        log_p = prior.log_prob(in_the_middle).sum() + Normal(0, 1).log_prob(code).sum()
         log_q = Normal(loc, scale).log_prob(loc).sum() + Normal(mean, sd).log_prob(code).sum()
         return loc[0], object_to_image(loc, air.decode(code), size)[0], log_p - log_q - 6.0, logit.item()
 

@@ -1,25 +1,32 @@
 import numpy as np
-import pytest
 
 import viz
 
 
-def draw_one(image, boxes, caption):
-    return viz.draw_scenes([image], [boxes], [caption], columns=1)
-
-
-@pytest.mark.parametrize("draw, h, w", [(draw_one, 50, 50), (viz.draw_scene, 20, 40), (viz.draw_scene, 2500, 3500)])
-def test_boxes_are_drawn_where_they_are(draw, h, w):
-    """On a black image only a box's outline is red, whether the image is drawn larger or smaller than it is."""
-    black, box = np.zeros((h, w), np.uint8), np.array([0.1, 0.2, 0.5, 0.3])
-    plain, boxed = draw(black, [], "caption"), draw(black, [box * w], "caption")
+def test_boxes_are_drawn_where_they_are():
+    """On a black image only a box's outline is red."""
+    black, box = np.zeros((50, 50), np.uint8), np.array([0.1, 0.2, 0.5, 0.3])
+    plain, boxed = (viz.draw_scenes([black], [boxes], ["caption"], columns=1) for boxes in ([], [box * 50]))
     assert plain.dtype == np.uint8 and plain.shape == boxed.shape and plain.shape[2] == 3
     ink = (plain == 0).all(2)  # of the image, and of the text above it, which is small
     columns, rows = np.flatnonzero(ink.sum(0) > 50), np.flatnonzero(ink.sum(1) > 100)
     y, x = np.nonzero((boxed[..., 0] > 150) & (boxed[..., 1] < 100))
     drawn = np.array([x.min() - columns[0], y.min() - rows[0], np.ptp(x), np.ptp(y)]) / len(columns)
     np.testing.assert_allclose(drawn, box, atol=0.03)
-    assert draw is draw_one or 400 < boxed.shape[1] < 1300
+
+
+def test_an_image_of_any_size_keeps_its_pixels():
+    """Or is enlarged by a whole number; and a box is an outline where it should be."""
+    for shape, pixel in (((20, 40), 12), ((700, 900), 1)):
+        image = np.random.default_rng(0).random(shape)
+        box = np.array([2, 4, 8, 5])
+        picture = viz.draw_boxes(image, [box])
+        assert picture.shape == (shape[0] * pixel, shape[1] * pixel, 3)
+        changed = (picture != viz.draw_boxes(image, [])).any(2)
+        rows, columns = np.nonzero(changed)
+        ends = np.array([columns.min(), rows.min(), columns.max() - columns.min(), rows.max() - rows.min()])
+        assert (ends == pixel * box).all() and not changed[pixel * 6, pixel * 5]
+        np.testing.assert_allclose(viz.draw_boxes(image, [])[::pixel, ::pixel, 0] / 255, image, atol=1 / 255)
 
 
 def test_a_grid_of_any_number(scenes):
