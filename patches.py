@@ -113,6 +113,8 @@ def find(air: AIR, images: Sequence[np.ndarray | Tensor], moves: int = MOVES, se
     """
     side, most = air.image_size, most_objects(air)
     xs = [check_values(air, image) for image in images]
+    if wrong := [list(x.shape) for x in xs if x.dim() != 2]:
+        raise ValueError(f"an image has shape {wrong[0]}, expected [h, w]")
     if not air.sees_residual and (larger := [x for x in xs if max(x.shape) > side]):
         raise ValueError(f"the RNN guide sees canvases of {side}x{side} pixels, not {list(larger[0].shape)}")
     # Black on the right and below, if it is smaller than a canvas.
@@ -234,12 +236,12 @@ def assemble(air: AIR, x: Tensor, image: np.ndarray | Tensor, objects: Objects, 
     side, (s, places) = air.image_size, objects.poses.split([1, 2], 1)
     corners = (places - side / 2).round()
     painted = air.paint(to_canvas(objects.poses, corners, side), objects.z_what)
-    # With room for what reaches beyond the image.
-    canvas = pad(torch.zeros_like(x), (side,) * 4)
+    # With room for what reaches beyond the image, which is left out.
+    canvas, inside = pad(torch.zeros_like(x), (side,) * 4), pad(torch.ones_like(x), (side,) * 4)
     frames = [tuple(slice(at + side, at + 2 * side) for at in corner) for corner in corners.flip(1).int().tolist()]
+    painted = [part * inside[frame] for part, frame in zip(painted, frames)]
     for frame, part in zip(frames, painted):
         canvas[frame] += part
-    canvas[:side], canvas[-side:], canvas[:, :side], canvas[:, -side:] = 0, 0, 0, 0
     error = pad(x, (side,) * 4) - canvas
     close = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist") < CLOSE * air.usual_window
     close.fill_diagonal_(False)

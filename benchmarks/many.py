@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds = (time.process_time() - started) / max(1, args.n)
         text = f"{np.mean(off == 0):.0%} right, mean error {np.abs(off).mean():.2f}, {seconds:.2f} s of CPU each"
         print(f"{count} digits, {size}x{size}: {text}", flush=True)
-    temperature = read_reference(checkpoint, path).temperature
+    temperature = read_reference(checkpoint, path).temperature or 1.0
     for size in SIZES:
         shrink = (1.3 / size, 0.1 / size)
         scenes = compose(*digits, args.sizes, np.random.default_rng(1), canvas_size=64, shrink=shrink)

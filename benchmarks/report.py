@@ -31,13 +31,12 @@ from evaluation import (
     evaluate,
     importance_bound,
     interval,
-    search,
     search_metrics,
     seeded_rng,
 )
 from inference import Inference, explain, infer
-from modules import pose_to_box
 from multi_mnist import DIGIT_SIZE, Scenes, compose, load_digits, load_split
+from patches import Found, find
 from training.checkpoint import build_air, read_checkpoint, read_reference, write_file
 from training.options import UsageError, one_line_errors, positive
 from training.run import is_run_folder
@@ -62,7 +61,7 @@ def report(
     measured["representation"] = representation(air, digits, classes)
     measured["generalisation"], sheets = generalisation(air, digits, classes, max_objects, temperature)
     any_number = compose(digits, classes, UNLIKE, np.random.default_rng(0), air.image_size, 5)
-    seen = search(air, any_number.x, max_objects)
+    seen = find(air, any_number.x)
     measured["reliability"] = reliability(seen, any_number.counts, temperature)
     pictures = {"report": np.concatenate(sheets), "unseen": drawn(any_number, seen)}
     pictures["search"] = repairs(
@@ -92,9 +91,10 @@ def counting(air: AIR, scenes: Scenes, temperature: float) -> dict:
     return measured | intervals | {"importance_bound_100": mean(importance_bound(air, scenes))}
 
 
-def reliability(seen: Inference, counts: np.ndarray, temperature: float) -> list[tuple[float, float, int]]:
+def reliability(seen: list[Found], counts: np.ndarray, temperature: float) -> list[tuple[float, float, int]]:
     """Of the images whose count has a probability in each tenth: its mean, the share that is right, and how many."""
-    probs, guess = (part.cpu().numpy() for part in seen.count_probs(temperature).max(-1))
+    of_counts = [found.count_probs(temperature) for found in seen]
+    probs, guess = (np.array([f(row) for row in of_counts]) for f in (np.max, np.argmax))
     bins = np.minimum((probs * 10).astype(int), 9)
     parts = [bins == i for i in range(10) if (bins == i).any()]
     return [(float(probs[part].mean()), mean((guess == counts)[part]), int(part.sum())) for part in parts]
@@ -259,9 +259,9 @@ def more_digits(
         yield scenes, {"digits": n, "max_objects": most} | counted, best
 
 
-def count(air: AIR, scenes: Scenes, max_objects: int | None, temperature: float | None) -> tuple[dict, Inference]:
+def count(air: AIR, scenes: Scenes, max_objects: int | None, temperature: float | None) -> tuple[dict, list[Found]]:
     """How often the count is right, in one sample and by the search; and what the search saw."""
-    seen, best = infer_all(air, scenes.x, max_objects), search(air, scenes.x, max_objects)
+    seen, best = infer_all(air, scenes.x, max_objects), find(air, scenes.x)
     measured = {"images": len(scenes.x), "count_accuracy": mean(seen.counts == scenes.counts)}
     measured |= search_metrics(best, scenes.counts, temperature)
     for name in ("count_accuracy", "count_accuracy_search"):
@@ -274,11 +274,10 @@ def mean(numbers: np.ndarray) -> float | None:
     return float(np.mean(numbers, dtype=np.float64)) if len(numbers) else None
 
 
-def drawn(scenes: Scenes, seen: Inference, title: str | None = None) -> np.ndarray:
+def drawn(scenes: Scenes, seen: list[Found], title: str | None = None) -> np.ndarray:
     some = range(min(20, len(scenes.x)))
-    boxes = [pose_to_box(seen.z_where[i, : seen.counts[i]], scenes.x.shape[1]).cpu() for i in some]
-    captions = [f"{scenes.counts[i]} → {seen.counts[i]}" for i in some]
-    return viz.draw_scenes(scenes.x[some], boxes, captions, title=title)
+    captions = [f"{scenes.counts[i]} → {seen[i].count}" for i in some]
+    return viz.draw_scenes(scenes.x[some], [seen[i].boxes.cpu() for i in some], captions, title=title)
 
 
 def main(argv: list[str] | None = None) -> None:

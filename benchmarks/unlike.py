@@ -41,33 +41,33 @@ def main(argv: list[str] | None = None) -> None:
         if reference is None:
             raise UsageError(f"{path} is of a run that is not finished")
         digits, file = load_digits(False, args.data_dir or checkpoint["flags"]["data_dir"]), Path(folder, "images.npz")
-        for name, x, max_objects in kinds(*digits, air.image_size, args.n, np.random.default_rng(0)):
+        for name, x in kinds(*digits, air.image_size, args.n, np.random.default_rng(0)):
             np.savez(file, x=x)
-            results = [*predict(air, [file], reference, max_objects=max_objects)]
+            results = [*predict(air, [file], reference)]
             print(f"{name:<45}{sum('warning' in result for result in results) / len(x):7.1%}", flush=True)
 
 
-def kinds(digits, classes, size: int, n: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, int]]:
-    """What they are called, images `[n, h, w]`, and T."""
+def kinds(digits, classes, size: int, n: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+    """What they are called, and images `[n, h, w]`."""
 
     def scenes(fewest=0, most=2, width=None, n=n):
         shrink = (DIGIT_SIZE / (width + 0.5), 0.0) if width else (1.3, 0.1)
         return compose(digits, classes, n, np.random.default_rng(1), size, most, shrink, fewest).x
 
-    yield "0 to 2 digits, as in training (false alarms)", scenes(n=10 * n), 8
-    for many, max_objects in ((3, 8), (4, 8), (5, 8), (4, 3), (5, 3)):
-        yield f"{many} digits, T = {max_objects}", scenes(many, many), max_objects
+    yield "0 to 2 digits, as in training (false alarms)", scenes(n=10 * n)
+    for many in (3, 4, 5):
+        yield f"{many} digits", scenes(many, many)
     for times in (1.4, 1.8, 2):
-        yield f"digits {times:g} times as large ({21 * times:.0f} pixels)", scenes(1, 1, round(21 * times)), 8
-    yield "digits half as large (10 pixels)", scenes(1, 1, 10), 8
+        yield f"digits {times:g} times as large ({21 * times:.0f} pixels)", scenes(1, 1, round(21 * times))
+    yield "digits half as large (10 pixels)", scenes(1, 1, 10)
     pages, left = 255 - scenes().astype(float), np.arange(size) < size / 2
-    yield "a sharp shadow over half a page", pages * np.where(left, 0.6, 1), 8
-    yield "a sharp shadow over a quarter of it", pages * np.where(left & left[:, None], 0.6, 1), 8
-    yield "photographs", cut(PHOTOGRAPHS, n, rng), 8
-    yield "pages of text, dark on light", cut(PAGES, n, rng), 8
-    yield "words, light on black", np.stack([some_words(rng) for _ in range(n)]), 8
-    yield "noise, uniform", rng.random((n, size, size)), 8
-    yield "noise, a tenth of the pixels white", rng.random((n, size, size)) < 0.1, 8
+    yield "a sharp shadow over half a page", pages * np.where(left, 0.6, 1)
+    yield "a sharp shadow over a quarter of it", pages * np.where(left & left[:, None], 0.6, 1)
+    yield "photographs", cut(PHOTOGRAPHS, n, rng)
+    yield "pages of text, dark on light", cut(PAGES, n, rng)
+    yield "words, light on black", np.stack([some_words(rng) for _ in range(n)])
+    yield "noise, uniform", rng.random((n, size, size))
+    yield "noise, a tenth of the pixels white", rng.random((n, size, size)) < 0.1
 
 
 def cut(names: tuple[str, ...], n: int, rng: np.random.Generator) -> np.ndarray:

@@ -36,7 +36,7 @@ def whole_likelihood(self, x=None, num_scenes=1, max_objects=None, canvas=None, 
     return poutine.condition(model, {"x": x})(self, None, len(x), max_objects)
 
 
-def centre(self, residual):
+def centre(self, residual, within):
     """ResidualAttention.peak, but the centre of all that is left, `[batch, 2]`, as a soft attention would have it."""
     weight = residual / residual.sum((-2, -1), keepdim=True).clamp(min=1e-6)
     return torch.stack([weight.sum(-2) @ self.centres, weight.sum(-1) @ self.centres], -1)

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import coins
 import estimators
+import many
 import moves
+import nuclei
 import numpy as np
 import pyro
 import pytest
@@ -200,8 +202,8 @@ def test_scripts_print_what_they_measured_of_a_finished_run(run, digits, scenes,
     for name in ("seed3", "traceenum-seed0", "tracegraph-RNN-seed0", "tracegraph-none-seed0"):
         shutil.copytree(run[0], tmp_path / name)
         shutil.copy(run[0] / "checkpoint.pt", tmp_path / name / "middle.pt")
-    patched = [(report, "UNLIKE", 10), (coins, "CANVAS", 50), (estimators, "load_split", lambda *_: scenes)]
-    for patch in [*patched, *((script, "load_digits", lambda *_: digits) for script in (moves, seeds, unlike))]:
+    patched = [(report, "UNLIKE", 10), (many, "SCENES", [(3, 90)]), (estimators, "load_split", lambda *_: scenes)]
+    for patch in [*patched, *((script, "load_digits", lambda *_: digits) for script in (many, moves, seeds, unlike))]:
         monkeypatch.setattr(*patch)
     last, rows = metrics(run[0])[-1], rows_of(seeds, "--whole", "--seeds", 3, "--out", tmp_path, "--unseen")
     one, searched, elbo = f"{last['count_accuracy']:.2%}", f"{last['count_accuracy_search']:.2%}", f"{last['elbo']:.1f}"
@@ -211,26 +213,32 @@ def test_scripts_print_what_they_measured_of_a_finished_run(run, digits, scenes,
     assert rows_of(seeds, "--whole", "--compare", tmp_path)[-1] == [tmp_path.name, f"{one} ({searched})", elbo]
     rows = [row[0] for row in rows_of(estimators, "--seeds", 0, "--draws", 2, "-b", 8, "--out", tmp_path)]
     assert rows[2:5] == [*estimators.ESTIMATORS] and rows[7:] == ["0"] * 3 + ["6"] * 6
-    assert "of 100 crops counted right" in call(coins.main, tmp_path / "seed3").stdout
+    assert " coins; 24 are there" in call(coins.main, tmp_path / "seed3").stdout
+    assert (tmp_path / "seed3" / "coins.png").stat().st_size > 10_000
+    lines = call(many.main, tmp_path / "seed3", "-n", 2, "--sizes", 2).stdout.splitlines()
+    assert lines[0].startswith("3 digits, 90x90: ") and len(lines) == 6
     rows = rows_of(moves, run[0], "-n", 6, "--moves", 0, 2)
     assert [row[0] for row in rows] == ["moves", "---", "0", "2"] and all(row[4].endswith(" ms") for row in rows[2:])
     lines = call(unlike.main, run[0], "-n", 2).stdout.splitlines()
-    assert len(lines) == 17 and all(0 <= float(line.split()[-1].rstrip("%")) <= 100 for line in lines)
+    assert len(lines) == 15 and all(0 <= float(line.split()[-1].rstrip("%")) <= 100 for line in lines)
 
 
-def test_sprites_and_coins(tmp_path, monkeypatch):
-    """Sprites are as many pieces of ink as shapes; the coins' hand count is that of the circles; and crops are new."""
+def test_sprites(tmp_path):
+    """As many pieces of ink as shapes."""
     assert call(sprites.main, tmp_path / "a.npz", "-n", 60).returncode == 0
     assert "already exists" in call(sprites.main, tmp_path / "a.npz").stderr
     x, counts = np.load(tmp_path / "a.npz").values()
     pieces = np.array([label(image > 119)[1] for image in x])
     assert x.shape == (60, 64, 64) and set(counts) == {0, 1, 2, 3} and np.mean(pieces == counts) > 0.7
     assert (pieces <= counts).all() and ((pieces > 0) == (counts > 0)).all()
-    _, left, top, width, height, counts = coins.COUNTS.T
-    inside = coins.coins_in(np.stack([left, top, left + width, top + height], 1))[1]
-    assert len(counts) == 100 and inside.sum(1).tolist() == counts.tolist()
-    photograph, crops = np.arange(303 * 384, dtype=np.uint32).reshape(303, 384), []
-    monkeypatch.setattr(coins, "canvas", lambda crop, rng: crops.append(crop.ravel()))
-    list(coins.training_crops(photograph, 60, np.random.default_rng(0)))
-    held_out = [photograph[t : t + h, a : a + w].ravel() for a, t, w, h in zip(left, top, width, height)]
-    assert len(crops) == 60 and not np.intersect1d(np.concatenate(crops), np.concatenate(held_out)).size
+
+
+def test_nuclei_are_scored():
+    """By hand: one is found, one twice, one missed, and one centre lies outside; and the watershed finds two discs."""
+    mask = np.zeros((40, 60), int)
+    mask[2:10, 2:10], mask[2:10, 20:30], mask[20:30, 40:50] = 1, 2, 3
+    text = nuclei.score(np.array([[5.0, 5], [22, 4], [28, 8], [15, 35]]), mask)
+    assert text == "4 counted of 3; 2 found, 1 missed, 2 false: F1 0.571"
+    y, x = np.mgrid[:40, :60]
+    discs = [(np.hypot(x - left, y - 20) < 9) for left in (20, 36)]
+    assert nuclei.score(nuclei.centres(100.0 * np.any(discs, 0)), discs[0] + 2 * (discs[1] & ~discs[0])).endswith("F1 1.000")

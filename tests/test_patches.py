@@ -1,0 +1,129 @@
+"""What is found in images of any size."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from test_air import small_air
+
+import multi_mnist
+import patches
+from inference import explain
+from patches import Found, find
+
+
+@pytest.fixture
+def air():
+    """Its objects are a little brighter than nothing: some of them pay."""
+    air = small_air().float()
+    torch.nn.init.constant_(air.decode.mlp[-1].bias, 0.0)
+    return air
+
+
+@pytest.fixture
+def large(digits):
+    """Scenes of 110 x 90 pixels with six digits."""
+    scenes = multi_mnist.compose(*digits, 4, np.random.default_rng(0), 110, 6, min_digits=6)
+    return [x[:, 10:100] for x in scenes.x]
+
+
+def test_on_a_canvas_it_is_what_explain_finds(air, scenes):
+    """But for black canvases, on which nothing can be gained; evidence is counted from that of black pixels."""
+    x = scenes.x[:20]
+    seen, black = explain(air, x, moves=12), 2500 * torch.distributions.Normal(0, 0.3).log_prob(torch.tensor(0.0))
+    for i, found in enumerate(find(air, x, moves=12)):
+        assert found.count == seen.counts[i]
+        assert found.log_weight == pytest.approx(float(seen.log_weight[i] - black), abs=0.02)
+        assert found.explained == pytest.approx(float(seen.explained[i]), abs=1e-4)
+        torch.testing.assert_close(found.boxes, seen.boxes[i, : found.count], rtol=0, atol=1e-3)
+        torch.testing.assert_close(found.reconstruction, seen.reconstruction[i], rtol=0, atol=1e-4)
+        if scenes.counts[i]:
+            expected = seen.count_probs(3.0)[i].numpy()
+            np.testing.assert_allclose(found.count_probs(3.0), expected[: len(found.count_probs(3.0))], atol=1e-4)
+        else:
+            assert found.count_probs(3.0).tolist() == [1.0]
+
+
+def test_an_answer_depends_on_the_image_alone(air, large, scenes):
+    """Whatever the sizes of others are."""
+    alone = [find(air, [x], moves=8)[0] for x in large[:2]]
+    together = find(air, [scenes.x[1], large[1], scenes.x[2][:30], large[0], large[2].T], moves=8)
+    for one, other in zip(alone, (together[3], together[1])):
+        assert one.count == other.count > 2 and one.log_weight == pytest.approx(other.log_weight, abs=0.01)
+        torch.testing.assert_close(one.boxes, other.boxes, rtol=0, atol=0.01)
+
+
+def test_the_evidence_of_a_large_image(air, large):
+    """Painted anew, object by object on the whole image: the evidence, and what would be lost without each."""
+    for x, found in zip(large, find(air, large, moves=8)):
+        s, places = found.objects.poses[:, 0], found.objects.poses[:, 1:]
+        down, across = (torch.arange(n) + 0.5 for n in x.shape)
+        painted = []
+        for code, (left, top, w, h) in zip(found.objects.z_what, found.boxes):
+            # Bilinear: where each pixel's centre lies among the centres of the object's.
+            rows, columns = ((at - start) / size * 9 - 0.5 for at, start, size in ((down, top, h), (across, left, w)))
+            weights = [(1 - (at[:, None] - torch.arange(9)).abs()).relu() for at in (rows, columns)]
+            painted.append(weights[0] @ air.decode(code[None])[0] @ weights[1].T)
+
+        def evidence(used):
+            canvas = sum((painted[i] for i in used), torch.zeros(x.shape))
+            error = (torch.from_numpy(x) / 255 - canvas).square().sum() / (2 * 0.3**2)
+            pairs = itertools.combinations(used, 2)
+            close = sum((places[a] - places[b]).norm() < 0.6 * air.usual_window for a, b in pairs)
+            return float(sum(found.objects.weight[i] for i in used) - error - 8.0 * close)
+
+        everything = list(range(found.count))
+        assert found.log_weight == pytest.approx(evidence(everything), abs=0.05)
+        for i in everything:
+            others = [k for k in everything if k != i]
+            assert float(found.losses[i]) == pytest.approx(found.log_weight - evidence(others), abs=0.05)
+        torch.testing.assert_close(found.reconstruction, sum(painted).detach(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.boxes[:, 2], 50 / s.clamp(min=1))
+
+
+def test_cells_cover_an_image_and_patches_do_not_overlap():
+    for length, sweep in itertools.product((50, 51, 64, 90, 128, 700), range(3)):
+        axis = patches.divide(length, sweep, 50, 50 / 3)
+        for start, corner, end in zip(axis.edges, axis.corners, axis.edges[1:]):
+            assert 0 <= corner <= length - 50 and end > start
+            # With room for the windows around it, but for the image's own border.
+            assert start <= 0 or start - corner >= 8
+            assert end >= length or corner + 50 - end >= 8
+        for a, b in itertools.combinations(range(len(axis.corners)), 2):
+            assert axis.turns[a] != axis.turns[b] or abs(axis.corners[a] - axis.corners[b]) >= 50
+
+
+def test_probabilities_of_several_cells():
+    """The sum of independent counts; and an object is one with the probability that there are as many as it needs."""
+    rows = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
+    cell, losses = torch.tensor([0, 0, 1]), torch.tensor([3.0, 9.0, 1.0])
+    found = Found(None, None, losses, cell, 2.0 * rows.log(), 0.0, 1.0, None)
+    expected = [0.1 * 0.5, 0.2 * 0.5 + 0.1 * 0.5, 0.7 * 0.5 + 0.2 * 0.5, 0.7 * 0.5]
+    np.testing.assert_allclose(found.count_probs(2.0), expected, atol=1e-6)
+    np.testing.assert_allclose(found.object_probs(2.0), [0.7, 0.9, 0.5], atol=1e-6)
+
+
+def test_what_cannot_be_images(air):
+    for wrong, error in (
+        (np.full((60, 60), 2.0), "values"),
+        (np.zeros((0, 60)), "shape"),
+        (np.zeros((3, 60, 60)), "shape"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            find(air, [wrong])
+    with pytest.raises(ValueError, match="the RNN guide sees canvases of 50x50 pixels"):
+        find(small_air(guide="rnn").float(), [np.zeros((60, 40), np.uint8)])
+
+
+def test_an_object_in_a_corner_of_a_large_image(air):
+    """Nothing is found where there is nothing, and boxes are where the ink is, at any place."""
+    x = np.zeros((120, 130), np.uint8)
+    for top, left in ((0, 0), (52, 57), (108, 118)):
+        x[top : top + 12, left : left + 12] = 255
+    (found,) = find(air, [x])
+    labels, n = ndimage.label(x)
+    centres = found.objects.poses[:, 1:].numpy()
+    near = np.array(ndimage.center_of_mass(x, labels, range(1, n + 1)))[:, ::-1]
+    assert found.count >= n and np.abs(centres[:, None] - near).max(-1).min(1).max() < air.usual_window
