@@ -76,16 +76,29 @@ class Found(NamedTuple):
         """Whether somewhere as many objects were found as are looked for."""
         return bool((self.cell.bincount() >= self.cell_evidence.shape[1] - 1).any())
 
+    def cell_probs(self, temperature: float) -> Tensor:
+        """The probability of each count in each cell, `[cells, T + 1]`.
+
+        With several cells, more objects than were found in one are possible only if they would pay but for their
+        price: the many places where there is nothing would add up.
+        """
+        evidence, n = self.cell_evidence.double(), torch.arange(self.cell_evidence.shape[1])
+        if len(evidence) > 1:
+            most, best = evidence.max(1, keepdim=True)
+            more = n.to(best) - best
+            evidence = evidence.masked_fill((more > 0) & (evidence + PRICE * more < most), -math.inf)
+        return torch.softmax(evidence / temperature, -1)
+
     def count_probs(self, temperature: float = 1.0) -> np.ndarray:
         """The probability of 0, 1, .. objects. What is in a cell is taken to be independent of what is in others."""
         probs = np.ones(1)
-        for row in torch.softmax(self.cell_evidence.double() / temperature, -1).cpu().numpy():
+        for row in self.cell_probs(temperature).cpu().numpy():
             probs = np.convolve(probs, np.trim_zeros(row, "b"))
         return probs
 
     def object_probs(self, temperature: float = 1.0) -> np.ndarray:
         """The probability of each object that it is one, `[k]`: of as many in its cell as there are no weaker ones."""
-        at_least = torch.softmax(self.cell_evidence / temperature, -1).flip(1).cumsum(1).flip(1)
+        at_least = self.cell_probs(temperature).flip(1).cumsum(1).flip(1)
         stronger = (self.cell[:, None] == self.cell) & (self.losses[:, None] <= self.losses)
         return at_least[self.cell, stronger.sum(1)].clamp(max=1).cpu().numpy()
 

@@ -241,4 +241,6 @@ def test_nuclei_are_scored():
     assert text == "4 counted of 3; 2 found, 1 missed, 2 false: F1 0.571"
     y, x = np.mgrid[:40, :60]
     discs = [(np.hypot(x - left, y - 20) < 9) for left in (20, 36)]
-    assert nuclei.score(nuclei.centres(100.0 * np.any(discs, 0)), discs[0] + 2 * (discs[1] & ~discs[0])).endswith("F1 1.000")
+    assert nuclei.score(nuclei.centres(100.0 * np.any(discs, 0)), discs[0] + 2 * (discs[1] & ~discs[0])).endswith(
+        "F1 1.000"
+    )

@@ -97,7 +97,7 @@ def test_cells_cover_an_image_and_patches_do_not_overlap():
 
 def test_probabilities_of_several_cells():
     """The sum of independent counts; and an object is one with the probability that there are as many as it needs."""
-    rows = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
+    rows = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [1.0, 1e-3, 0.0]])  # One more does not pay in the third.
     cell, losses = torch.tensor([0, 0, 1]), torch.tensor([3.0, 9.0, 1.0])
     found = Found(None, None, losses, cell, 2.0 * rows.log(), 0.0, 1.0, None)
     expected = [0.1 * 0.5, 0.2 * 0.5 + 0.1 * 0.5, 0.7 * 0.5 + 0.2 * 0.5, 0.7 * 0.5]
