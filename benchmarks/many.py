@@ -87,6 +87,7 @@ def measure_time(air, digits: np.ndarray) -> np.ndarray:
     """Seconds of one image alone, by its size and number of objects: prints a table, and draws it."""
     figure = Figure(figsize=(5, 3.4), dpi=viz.DPI, layout="tight")
     axis = figure.subplots()
+    find(air, [many(digits, 1, 64, np.random.default_rng(0))])  # The first call takes longer.
     print(markdown(["canvas", *(f"{count} objects" for count in OBJECTS)], []))
     for size in CANVASES:
         seconds = []
