@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         seconds = (time.process_time() - started) / args.scenes
         text = f"{np.mean(off == 0):.0%} right, mean error {np.abs(off).mean():.2f}, {seconds:.2f} s of CPU each"
         print(f"{count} digits, {size}x{size}: {text}", flush=True)
-    temperature = read_reference(checkpoint, path).temperature or 1.0
+    reference = read_reference(checkpoint, path)  # None, if the run is not finished
+    temperature = (reference and reference.temperature) or 1.0
     for size in SIZES:
         shrink = (1.3 / size, 0.1 / size)
         scenes = compose(*digits, args.sizes, np.random.default_rng(1), canvas_size=64, shrink=shrink)
