@@ -94,13 +94,14 @@ class Found(NamedTuple):
         probs = np.ones(1)
         for row in self.cell_probs(temperature).cpu().numpy():
             probs = np.convolve(probs, np.trim_zeros(row, "b"))
-        return probs
+        # What a search could not take off, as there was too much in a cell, is not in the evidence.
+        return np.pad(probs, (0, max(0, self.count + 1 - len(probs))))
 
     def object_probs(self, temperature: float = 1.0) -> np.ndarray:
         """The probability of each object that it is one, `[k]`: of as many in its cell as there are no weaker ones."""
         at_least = self.cell_probs(temperature).flip(1).cumsum(1).flip(1)
         stronger = (self.cell[:, None] == self.cell) & (self.losses[:, None] <= self.losses)
-        return at_least[self.cell, stronger.sum(1)].clamp(max=1).cpu().numpy()
+        return at_least[self.cell, stronger.sum(1).clamp(max=at_least.shape[1] - 1)].clamp(max=1).cpu().numpy()
 
 
 class Axis(NamedTuple):

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from seeds import markdown
 
 import viz
 from evaluation import find_at_scale
@@ -28,15 +31,17 @@ from training.checkpoint import build_air, read_checkpoint, read_reference
 
 SCENES = (10, 128), (15, 128), (30, 256), (100, 512)  # digits, and pixels of the canvas
 SIZES = 0.5, 0.7, 1.0, 1.4, 1.8  # of the usual
+CANVASES, OBJECTS = (64, 128, 256, 512, 1024, 2048), (1, 10, 100, 300)  # whose time is measured
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path, help="a run's folder or checkpoint")
-    parser.add_argument("-n", type=int, default=50, help="scenes of many digits of each kind (default: %(default)s)")
-    parser.add_argument("--sizes", type=int, default=250, help="scenes of each size (default: %(default)s)")
-    parser.add_argument("--time", type=Path, metavar="FILE", help="measure time instead, and draw it")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where MNIST is kept")
+    add = parser.add_argument
+    add("-n", "--scenes", type=int, default=50, help="of many digits, of each kind (default: %(default)s)")
+    add("--sizes", type=int, default=250, help="scenes of each size (default: %(default)s)")
+    add("--time", type=Path, metavar="FILE", help="measure time instead, and draw it")
+    add("--data-dir", type=Path, default=Path("data"), help="where MNIST is kept (default: data)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     checkpoint, path = read_checkpoint(args.run)
@@ -45,22 +50,22 @@ def main(argv: list[str] | None = None) -> None:
         Image.fromarray(measure_time(air, digits[0])).save(args.time)
         return
     for count, size in SCENES:
-        x = [many(digits[0], count, size, np.random.default_rng([i, size])) for i in range(args.n)]
+        x = [many(digits[0], count, size, np.random.default_rng([i, size])) for i in range(args.scenes)]
         started = time.process_time()
         off = np.array([found.count for found in find(air, x)]) - count
-        seconds = (time.process_time() - started) / max(1, args.n)
+        seconds = (time.process_time() - started) / args.scenes
         text = f"{np.mean(off == 0):.0%} right, mean error {np.abs(off).mean():.2f}, {seconds:.2f} s of CPU each"
         print(f"{count} digits, {size}x{size}: {text}", flush=True)
-    temperature = read_reference(checkpoint, path).temperature or 1.0
+    reference = read_reference(checkpoint, path)  # None, if the run is not finished
+    temperature = (reference and reference.temperature) or 1.0
     for size in SIZES:
         shrink = (1.3 / size, 0.1 / size)
         scenes = compose(*digits, args.sizes, np.random.default_rng(1), canvas_size=64, shrink=shrink)
         canvases = [to_canvas(image) for image in scenes.x]
         seen = find_at_scale(air, canvases, [None] * len(canvases))
         right = np.array([found.count for found, *_ in seen]) == scenes.counts
-        sure = np.array(
-            [not doubt and found.count_probs(temperature)[found.count] >= UNSURE for found, _, doubt in seen]
-        )
+        probs = np.array([found.count_probs(temperature)[found.count] for found, *_ in seen])
+        sure = (probs >= UNSURE) & ~np.array([in_doubt for *_, in_doubt in seen])
         length = np.median(np.concatenate([piece_lengths(canvas.x) for canvas in canvases]))
         together = [found.count for found, *_ in find_at_scale(air, canvases, [length] * len(canvases))]
         text = f"{right.mean():.1%} right, {(right | ~sure).mean():.1%} right or flagged, {sure.mean():.0%} not flagged"
@@ -80,19 +85,25 @@ def many(digits: np.ndarray, count: int, size: int, rng: np.random.Generator) ->
 
 
 def measure_time(air, digits: np.ndarray) -> np.ndarray:
-    """Seconds of one image alone, by its number of objects and its size, as a table that is printed and as curves."""
-    curves = {}
-    for size in (64, 128, 256, 512, 1024, 2048):
-        times = []
-        for count in (1, 10, 100, 300):
-            if count <= (size / 45) ** 2 or count == 1:
-                x = many(digits, count, size, np.random.default_rng(0))
-                started = time.process_time()
-                find(air, [x])
-                times.append((count, time.process_time() - started))
-                print(f"{count} objects, {size}x{size}: {times[-1][1]:.1f} s of CPU", flush=True)
-        curves[f"{size}x{size}"] = times
-    return viz.draw_lines(curves, "objects", "seconds of CPU, one image alone")
+    """Seconds of one image alone, by its size and number of objects: prints a table, and draws it."""
+    figure = Figure(figsize=(5, 3.4), dpi=viz.DPI, layout="tight")
+    axis = figure.subplots()
+    find(air, [many(digits, 1, 64, np.random.default_rng(0))])  # The first call takes longer.
+    print(markdown(["canvas", *(f"{count} objects" for count in OBJECTS)], []))
+    for size in CANVASES:
+        seconds = []
+        for count in (count for count in OBJECTS if count <= max(1, (size / 40) ** 2)):  # as many as fit
+            x = many(digits, count, size, np.random.default_rng(0))
+            started = time.process_time()
+            find(air, [x])
+            seconds.append(time.process_time() - started)
+        cells = [f"{value:.1f} s" for value in seconds] + ["-"] * (len(OBJECTS) - len(seconds))
+        print(f"| {size}x{size} | {' | '.join(cells)} |", flush=True)
+        axis.loglog(OBJECTS[: len(seconds)], seconds, ".-")
+    axis.legend(axis.lines, [f"{size}x{size}" for size in CANVASES], fontsize=8)
+    axis.set(xlabel="objects", ylabel="seconds of CPU, one image alone")
+    axis.grid(alpha=0.3)
+    return viz.render(figure)
 
 
 if __name__ == "__main__":

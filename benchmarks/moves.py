@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from seeds import markdown
 
-from inference import MOVES, explain
+from inference import MOVES
 from multi_mnist import compose, load_digits
+from patches import find
 from training.checkpoint import build_air, read_checkpoint
 from training.options import one_line_errors, positive
 
@@ -42,12 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         for moves in args.moves:
             row = [f"{moves}"]
             for x, counts, *_ in scenes.values():
-                started, right = time.perf_counter(), 0
-                for i in range(0, args.n, 160):
-                    right += (
-                        explain(air, x[i : i + 160], moves=moves).counts.cpu().numpy() == counts[i : i + 160]
-                    ).sum()
-                row.append(f"{right / args.n:.1%}, {(time.perf_counter() - started) / args.n * 1e3:.0f} ms")
+                started = time.perf_counter()
+                right = np.mean([found.count for found in find(air, x, moves)] == counts)
+                row.append(f"{right:.1%}, {(time.perf_counter() - started) / args.n * 1e3:.0f} ms")
             rows.append(row)
         print(markdown(["moves", *COUNTS], rows))
 

@@ -5,9 +5,9 @@
 
 All of it is measured on multi-MNIST's test scenes, or on others made of the same test digits. What is called an
 object's code here is the mean of `q(z_what_t | x, z_where_t)` at the sampled window. The docstrings of the functions
-that measure say what the numbers are. report.png shows scenes of other kinds than in training, true count → inferred;
+that measure say what the numbers are. report.png shows scenes of more digits than in training, true count → inferred;
 unseen.png, scenes of none to five digits; search.png, how explanations are mended, move by move; reliability.png, how
-often counts are right that have this or that probability.
+often counts are right that have this or that probability. (many.py is about digits of other sizes.)
 """
 
 import argparse
@@ -26,23 +26,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import viz
 from air import AIR, MAX_OBJECTS
-from evaluation import (
-    default_batch_size,
-    evaluate,
-    importance_bound,
-    interval,
-    search_metrics,
-    seeded_rng,
-)
+from evaluation import default_batch_size, evaluate, importance_bound, interval, search_metrics, seeded_rng
 from inference import Inference, explain, infer
-from multi_mnist import DIGIT_SIZE, Scenes, compose, load_digits, load_split
+from multi_mnist import Scenes, compose, load_digits, load_split
 from patches import Found, find
 from training.checkpoint import build_air, read_checkpoint, read_reference, write_file
 from training.options import UsageError, one_line_errors, positive
 from training.run import is_run_folder
 
 PAINTED = 0.2  # the least brightness of a painted pixel that counts as ink
-SIZES = (12, 16, 19, 21, 24, 28, 32)  # pixels; an ordinary digit is drawn 18 to 26 pixels wide, 21 on average
 PROBED = (5000, 2000)  # scenes that a probe is trained and tested on
 MOVES_SHOWN = 40
 UNLIKE = 1000  # scenes of each kind that it was not trained on
@@ -59,14 +51,15 @@ def report(
     measured = {"counting": counting(air, scenes, temperature)}
     measured["localisation"] = localisation(infer_all(air, scenes.x), scenes)
     measured["representation"] = representation(air, digits, classes)
-    measured["generalisation"], sheets = generalisation(air, digits, classes, max_objects, temperature)
+    more = [*more_digits(air, digits, classes, max_objects, temperature)]
+    measured["more_digits"] = [counted for _, counted, _ in more]
     any_number = compose(digits, classes, UNLIKE, np.random.default_rng(0), air.image_size, 5)
     seen = find(air, any_number.x)
     measured["reliability"] = reliability(seen, any_number.counts, temperature)
+    sheets = [drawn(x, best, "{digits} digits, T = {max_objects}".format(**counted)) for x, counted, best in more]
     pictures = {"report": np.concatenate(sheets), "unseen": drawn(any_number, seen)}
-    pictures["search"] = repairs(
-        air, compose(digits, classes, 20, np.random.default_rng(5), air.image_size, 5, (1.3, 0.1), 5)
-    )
+    five = compose(digits, classes, 20, np.random.default_rng(5), air.image_size, 5, min_digits=5)
+    pictures["search"] = repairs(air, five)
     pictures["reliability"] = viz.draw_reliability(*zip(*measured["reliability"]), "Scenes of 0 to 5 digits")
     return measured, pictures
 
@@ -228,24 +221,6 @@ def features(air: AIR, scenes: Scenes) -> dict:
     return {"digit_class": (classes, objects), "sum": (left + right, whole), "ascending": (left < right, whole)}
 
 
-def generalisation(
-    air: AIR, digits: np.ndarray, classes: np.ndarray, max_objects: int, temperature: float
-) -> tuple[dict, list]:
-    """Scenes such as it was not trained on: three to five digits, and none to two of another size; and pictures."""
-    measured, pictures = {"more_digits": [], "sizes": []}, []
-    for scenes, counted, best in more_digits(air, digits, classes, max_objects, temperature):
-        measured["more_digits"].append(counted)
-        pictures.append(drawn(scenes, best, f"{counted['digits']} digits, T = {counted['max_objects']}"))
-    for size in SIZES:
-        shrink = (DIGIT_SIZE / (size + 0.5), 0.0)  # `compose` rounds down
-        scenes = compose(digits, classes, UNLIKE, np.random.default_rng(size), air.image_size, shrink=shrink)
-        counted, best = count(air, scenes, None, temperature)
-        measured["sizes"].append({"size_px": size} | counted)
-        if size in (SIZES[0], SIZES[-1]):
-            pictures.append(drawn(scenes, best, f"digits of {size} pixels"))
-    return measured, pictures
-
-
 def more_digits(
     air: AIR, digits: np.ndarray, classes: np.ndarray, max_objects: int, temperature: float | None
 ) -> Iterator[tuple]:
@@ -259,14 +234,14 @@ def more_digits(
         yield scenes, {"digits": n, "max_objects": most} | counted, best
 
 
-def count(air: AIR, scenes: Scenes, max_objects: int | None, temperature: float | None) -> tuple[dict, list[Found]]:
+def count(air: AIR, scenes: Scenes, max_objects: int, temperature: float | None) -> tuple[dict, list[Found]]:
     """How often the count is right, in one sample and by the search; and what the search saw."""
     seen, best = infer_all(air, scenes.x, max_objects), find(air, scenes.x)
     measured = {"images": len(scenes.x), "count_accuracy": mean(seen.counts == scenes.counts)}
     measured |= search_metrics(best, scenes.counts, temperature)
     for name in ("count_accuracy", "count_accuracy_search"):
         measured[f"{name}_interval"] = interval(measured[name], len(scenes.x))
-    inferred = np.bincount(seen.counts, minlength=(max_objects or air.max_objects) + 1)
+    inferred = np.bincount(seen.counts, minlength=max_objects + 1)
     return measured | {"inferred_counts": inferred.tolist()}, best
 
 

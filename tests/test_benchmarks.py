@@ -111,7 +111,7 @@ def test_report(run, digits, monkeypatch, tmp_path):
     torch.save(checkpoint, folder / "checkpoint.pt")
     assert not (reported := call(report.main, folder)).returncode, reported.stderr
     measured = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
-    counting, more = measured["counting"], measured["generalisation"]["more_digits"]
+    counting, more = measured["counting"], measured["more_digits"]
     assert counting == counting | evaluate(load_air(run[0]), some, measure_search=True, temperature=2.0).metrics
     low, high = counting["count_accuracy_interval"]
     assert low < counting["count_accuracy"] < high and counting["importance_bound_100"] > counting["elbo"]
@@ -217,6 +217,9 @@ def test_scripts_print_what_they_measured_of_a_finished_run(run, digits, scenes,
     assert (tmp_path / "seed3" / "coins.png").stat().st_size > 10_000
     lines = call(many.main, tmp_path / "seed3", "-n", 2, "--sizes", 2).stdout.splitlines()
     assert lines[0].startswith("3 digits, 90x90: ") and len(lines) == 6
+    monkeypatch.setattr(many, "CANVASES", (64, 128))
+    rows = rows_of(many, tmp_path / "seed3", "--time", tmp_path / "time.png")
+    assert [row.count("-") for row in rows[2:]] == [3, 2] and (tmp_path / "time.png").stat().st_size > 10_000
     rows = rows_of(moves, run[0], "-n", 6, "--moves", 0, 2)
     assert [row[0] for row in rows] == ["moves", "---", "0", "2"] and all(row[4].endswith(" ms") for row in rows[2:])
     lines = call(unlike.main, run[0], "-n", 2).stdout.splitlines()
