@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import termios
+from contextlib import suppress
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 # main.py that kills itself before one of its accesses to files in a folder; each file is written in two parts.
 KILLED = f"""
 import os, signal, sys
+from contextlib import suppress
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import main
@@ -67,7 +69,14 @@ def test_resuming_is_exact(n, flags, start, run_main, tmp_path):
     options = {"stderr": slave, "start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(2, termios.TIOCSCTTY)}
     run = start(2 * n // 3, "--load", folder, script=script, **options)
     os.close(slave)
-    wait_for(lambda: reached(folder, 2 * n // 3), run)
+    os.set_blocking(terminal, False)
+
+    def read_and_reached() -> bool:
+        with suppress(BlockingIOError):  # A terminal that nobody reads would be full some time.
+            os.read(terminal, 65536)
+        return reached(folder, 2 * n // 3)
+
+    wait_for(read_and_reached, run)
     os.close(terminal)
     assert run.wait(LIMIT) == 129 and read_checkpoint(folder)[0]["step"] == 2 * n // 3 + 1
 
