@@ -97,7 +97,7 @@ def explain(
     air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None, moves: int = MOVES, seed: int = 0
 ) -> Inference:
     """The best explanation that was found of the canvases `x` `[n, h, h]`, floats in [0, 1] or uint8, light on black
-    (`images.to_canvases` makes them so).
+    (`images.to_canvas` makes them so).
 
     An explanation is a set of objects z; its evidence is
     `log p(x | z) + sum_t (log p(z_t) - log q(z_t) - PRICE) - CROWDING * (number of close pairs)`: an importance weight,
@@ -408,7 +408,7 @@ def check_canvases(air: AIR, x: Tensor | np.ndarray) -> Tensor:
         raise ValueError(f"canvases have shape {list(x.shape)}, expected [n, {air.image_size}, {air.image_size}]")
     light = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1).median(1)[0] > 0.5
     if light.any():
-        warnings.warn(f"{light.sum()} of {len(x)} canvases are not light on black: images.to_canvases makes them so")
+        warnings.warn(f"{light.sum()} of {len(x)} canvases are not light on black: images.to_canvas makes them so")
     return x
 
 
