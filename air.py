@@ -10,8 +10,7 @@ the canvas does not explain yet, and has no memory (see `modules.py`). Other dif
 
 - The log-likelihood is written as a sum of what each object adds to it (see `AIR.model`): the same
   density, but `TraceGraph_ELBO` then sees that a choice does not affect what came before it.
-- While training, the prior on the number of objects may be another (see `AIR.set_count_prior`), and
-  the guide keeps a small chance of either choice of `z_pres` (`exploration`).
+- The prior on the number of objects is a strict one: an object costs 6 nats, see `count_ratio`.
 - No step is told `z_pres`: wherever its output matters, all earlier ones were 1.
 - `z_where` is predicted relative to its prior.
 """
@@ -65,12 +64,11 @@ class AIR(nn.Module):
     image_size, window_size: sides of the canvas and of an object, in pixels.
     z_what_size, hidden_size, look_size, rnn_size, baseline_size: numbers of units: of the code, of encoder and
         decoder, of the guide's look at a place, of the LSTM of the RNN guide, of that of the baseline.
-    count_ratio: the prior on the count is a geometric one cut off at T, `p(n) ~ count_ratio ** n`.
+    count_ratio: the prior on the count is a geometric one cut off at T, `p(n) ~ count_ratio ** n`. A small one keeps
+        one object from being explained by several pieces.
     z_where_loc, z_where_scale: mean and sd of the Normal prior on the pose `[s, x, y]`.
     likelihood_sd: sd of the Normal noise on each pixel.
     guide: "residual" or "rnn", see the module's docstring.
-    exploration: the least probability, while training, that the guide gives to either value of
-        `z_pres_t`. Without it, a guide that has come to stop too early never sees what it misses.
     baseline: what is subtracted from the cost of a discrete choice to reduce the variance of its
         gradient: "rnn" (a network that sees the image and the choices so far) or "none".
     """
@@ -85,12 +83,11 @@ class AIR(nn.Module):
         look_size: int = 200,
         rnn_size: int = 256,
         baseline_size: int = 64,
-        count_ratio: float = 1.0,
+        count_ratio: float = math.exp(-6),
         z_where_loc: tuple[float, float, float] = (3.0, 0.0, 0.0),
         z_where_scale: tuple[float, float, float] = (0.2, 1.0, 1.0),
         likelihood_sd: float = 0.3,
         guide: str = "residual",
-        exploration: float = 0.03,
         baseline: str = "rnn",
     ):
         if guide not in ("residual", "rnn"):
@@ -105,12 +102,9 @@ class AIR(nn.Module):
             raise ValueError(f"max_objects must be at most {MAX_OBJECTS}, not {max_objects}")
         if not all(0 < value < math.inf for value in (likelihood_sd, count_ratio, *z_where_scale)):
             raise ValueError("likelihood_sd, count_ratio and z_where_scale must be greater than 0")
-        if not 0 <= exploration < 0.5:
-            raise ValueError(f"exploration must be at least 0 and less than 0.5, not {exploration!r}")
         super().__init__()
         self.max_objects, self.image_size, self.window_size = max_objects, image_size, window_size
-        self.z_what_size, self.likelihood_sd, self.exploration = z_what_size, likelihood_sd, exploration
-        self.count_ratio = self.training_count_ratio = count_ratio
+        self.z_what_size, self.likelihood_sd, self.count_ratio = z_what_size, likelihood_sd, count_ratio
         self.usual_window = image_size / z_where_loc[0]  # How long a window usually is, in pixels.
         self.register_buffer("z_where_loc", torch.tensor(z_where_loc), persistent=False)
         self.register_buffer("z_where_scale", torch.tensor(z_where_scale), persistent=False)
@@ -128,12 +122,10 @@ class AIR(nn.Module):
         # The baseline's: no part of either distribution, and with a learning rate of its own.
         self.baseline = Baseline(image_size, 3 + z_what_size, baseline_size) if baseline == "rnn" else None
 
-    def set_count_prior(self, ratio: float) -> None:
-        """While training, make the prior on the number of objects `p(n) ~ ratio ** n` for n = 0 .. T.
-
-        A strict one keeps the guide from explaining one object by several pieces.
-        """
-        self.training_count_ratio = ratio
+    @property
+    def price(self) -> float:
+        """What one more object costs, in nats."""
+        return -math.log(self.count_ratio)
 
     # -------------------------------------------------------------------------- generative model
 
@@ -143,8 +135,7 @@ class AIR(nn.Module):
         Every scene takes every step; in those that are complete the mask takes what is sampled out
         of all densities, and `z_pres_t`, 0 for sure, keeps it off the canvas.
         """
-        ratio = self.training_count_ratio if self.training else self.count_ratio
-        weights = [ratio**n for n in range(max_objects - t + 1)]  # of no more objects, one more, ..
+        weights = [self.count_ratio**n for n in range(max_objects - t + 1)]  # of no more objects, one more, ..
         p_more = sum(weights[1:]) / sum(weights)
         z_pres = pyro.sample(f"z_pres_{t}", dist.Bernoulli(p_more * z_pres))
         with poutine.mask(mask=z_pres.bool()):
@@ -226,9 +217,6 @@ class AIR(nn.Module):
         z_where, z_what, canvas = previous.z_where, previous.z_what, previous.canvas
         logit, loc, scale, state = self.attend(Step(x, canvas, z_where, z_what, previous.state, look))
         z_pres_prob = torch.sigmoid(logit)
-        if self.training:
-            z_pres_prob = self.exploration + (1 - 2 * self.exploration) * z_pres_prob
-
         baseline_state, options = None, {}
         if baseline_projection is not None:
             # Detached: the baseline's own loss must not train the guide.

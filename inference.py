@@ -25,9 +25,9 @@ from modules import Look, image_to_object, pose_to_box, pose_to_place
 MOVES = 100  # at most, for an image
 PATIENCE = 6  # An image is done after this many moves without gain, for each of its objects and one more.
 MOST_OBJECTS = 8  # that are looked for, if not more in training: the residual guide finds more than it was shown
-# The prior on the set of objects: exp(-PRICE) for each, and exp(-CROWDING) for each pair whose centres are less than
-# CLOSE usual windows apart, or pieces of one object would pass for several.
-PRICE, CROWDING, CLOSE = 6.0, 8.0, 0.6
+# A pair of objects whose centres are less than CLOSE usual windows apart costs CROWDING nats more than two others, or
+# pieces of one object would pass for several.
+CROWDING, CLOSE = 8.0, 0.6
 TAKEN_OFF = 0.4  # the chance that an object is, where any may be
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
 OUTSIDE = 1e6  # nats that an object is charged where none may be
@@ -63,7 +63,7 @@ class Explanation(NamedTuple):
     z_what: Tensor  # [n, T, z_what_size]
     z_what_mean: Tensor  # [n, T, z_what_size]
     painted: Tensor  # [n, T, h, h]
-    weight: Tensor  # [n, T], log p(z_where_t, z_what_t) - log q(z_where_t, z_what_t) - PRICE
+    weight: Tensor  # [n, T], log p(z_where_t, z_what_t) - log q(z_where_t, z_what_t), less `AIR.price`
     evidence: Tensor  # [n], log p(x | z) and the sum of weights, less CROWDING for each close pair
     count_evidence: Tensor  # [n, T + 1], the most evidence of all explanations with so many objects
     idle: Tensor  # int64 [n], moves since the evidence last grew by more than a nat
@@ -100,7 +100,7 @@ def explain(
     (`images.to_canvas` makes them so).
 
     An explanation is a set of objects z; its evidence is
-    `log p(x | z) + sum_t (log p(z_t) - log q(z_t) - PRICE) - CROWDING * (number of close pairs)`: an importance weight,
+    `log p(x | z) + sum_t (log p(z_t) - log q(z_t)) - CROWDING * (number of close pairs)`: an importance weight,
     which compares explanations with different numbers of objects. The prior on the set is that of a Strauss process: a
     strict price for what is close to another object, a low one for what stands alone, or a thin digit would be left
     out. A search goes through explanations, from that of the greedy guide on (`moves=0`). A
@@ -292,7 +292,7 @@ def propose(air: AIR, view: View, canvas: Tensor, most: int, looks: list[Look], 
     def log_prob(trace: poutine.Trace, name: str) -> Tensor:
         return torch.stack([trace.nodes[f"{name}_{t}"]["log_prob"] for t in range(most)], 1)
 
-    weight = sum(log_prob(model, name) - log_prob(guide, name) for name in ("z_where", "z_what")) - PRICE
+    weight = sum(log_prob(model, name) - log_prob(guide, name) for name in ("z_where", "z_what")) - air.price
     # Wherever an object lies, it is as probable as in the middle.
     weight = weight + (objects[0][..., 1:] / air.z_where_scale[1:]).square().sum(-1) / 2
     weight = weight - OUTSIDE * ~is_within(view, objects[0])

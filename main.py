@@ -29,7 +29,7 @@ from training.data import evaluation_scenes, load_scenes, own_images, pose_prior
 from training.options import one_line_errors, parse
 from training.parallel import Processes
 from training.pictures import Pictures
-from training.svi import check_finite, count_ratio, make_svi, schedule, skip_step
+from training.svi import check_finite, make_svi, schedule, skip_step
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +83,6 @@ def train(args, processes: Processes, resumes: bool) -> None:
             rate = schedule(state.step, args.num_steps)
             for group, largest in zip(adam.param_groups, (args.learning_rate, args.baseline_learning_rate)):
                 group["lr"] = rate * largest
-            air.set_count_prior(count_ratio(state.step, args.num_steps, air.usual_window))
             loss = svi.step(train_x[index].float() / 255)
             if not math.isfinite(loss):
                 skip_step(state.step, skipped, processes.is_main)

@@ -6,7 +6,6 @@ window's half-width is `1/s` and its centre lies at `(-x/s, -y/s)`. `s` is taken
 (`MIN_SCALE`): a window is never larger than the canvas, and `1/s` never blows up.
 """
 
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -182,11 +181,9 @@ class ResidualAttention(nn.Module):
     It sees the image and the residual, what the canvas does not explain yet, and has no memory: what it learns of one
     more object holds for any number of them.
 
-    1. The canvas is dilated before it is subtracted from the image: otherwise the edges of an imperfectly painted
-       object look like one more object.
-    2. One place is chosen, the peak of the residual: where most is left within about an object's size, and less around
+    1. One place is chosen, the peak of the residual: where most is left within about an object's size, and less around
        it. (The mean of two places would be a place between two objects, where there is nothing.)
-    3. A network looks at the peak, twice as wide as an ordinary window, and proposes a window; another looks at
+    2. A network looks at the peak, twice as wide as an ordinary window, and proposes a window; another looks at
        that window, corrects it and decides whether there is one more object.
 
     The peak has no parameters. No gradient passes through the canvas that the guide sees: the effect of an earlier
@@ -200,7 +197,6 @@ class ResidualAttention(nn.Module):
         self.window_size = window_size
         self.usual_window = 2 / prior[0][0]  # the side of an ordinary window, in canvas coordinates
         window = image_size / prior[0][0]  # and in pixels
-        self.dilation = 2 * round(window / 16) + 1  # the side of the square that the canvas is dilated by, in pixels
         self.reach = 2 * round(window / 2) + 1  # the side of the square that a peak is the highest in
         # Sums over squares are products with matrices of ones near the diagonal, from both sides.
         apart = (torch.arange(image_size)[:, None] - torch.arange(image_size)).abs()
@@ -224,13 +220,8 @@ class ResidualAttention(nn.Module):
 
     @torch.no_grad()
     def residual(self, image: Tensor, canvas: Tensor) -> Tensor:
-        """What the dilated canvas leaves of the image, `[batch, h, h]`."""
-        size, reach = image.shape[-1], self.dilation // 2
-        dilated = pad(canvas, (reach,) * 4)
-        # The largest of shifted copies, along y and then along x: much faster here than max_pool2d.
-        dilated = reduce(torch.maximum, (dilated[:, i : i + size] for i in range(self.dilation)))
-        dilated = reduce(torch.maximum, (dilated[..., i : i + size] for i in range(self.dilation)))
-        return (image - dilated).clamp(min=0)
+        """What the canvas leaves of the image, `[batch, h, h]`."""
+        return (image - canvas).clamp(min=0)
 
     @torch.no_grad()
     def peak(self, residual: Tensor, within: Tensor | None = None) -> Tensor:

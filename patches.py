@@ -23,7 +23,6 @@ from inference import (
     CLOSE,
     CROWDING,
     MOVES,
-    PRICE,
     View,
     check_values,
     evaluating,
@@ -77,17 +76,8 @@ class Found(NamedTuple):
         return bool((self.cell.bincount() >= self.cell_evidence.shape[1] - 1).any())
 
     def cell_probs(self, temperature: float) -> Tensor:
-        """The probability of each count in each cell, `[cells, T + 1]`.
-
-        With several cells, more objects than were found in one are possible only if they would pay but for their
-        price: the many places where there is nothing would add up.
-        """
-        evidence, n = self.cell_evidence.double(), torch.arange(self.cell_evidence.shape[1])
-        if len(evidence) > 1:
-            most, best = evidence.max(1, keepdim=True)
-            more = n.to(best) - best
-            evidence = evidence.masked_fill((more > 0) & (evidence + PRICE * more < most), -math.inf)
-        return torch.softmax(evidence / temperature, -1)
+        """The probability of each count in each cell, `[cells, T + 1]`."""
+        return torch.softmax(self.cell_evidence.double() / temperature, -1)
 
     def count_probs(self, temperature: float = 1.0) -> np.ndarray:
         """The probability of 0, 1, .. objects. What is in a cell is taken to be independent of what is in others."""
@@ -208,7 +198,7 @@ def search_patches(air, xs, cells, found, evidence, patches, look, afresh) -> No
     start = explanation(air, view, [*objects[:3], paint(air, objects), objects.weight], used)
     # Where nothing is left to explain, nothing can be gained.
     left = (x - canvas).square().sum((1, 2)) / (2 * air.likelihood_sd**2)
-    todo = (used.any(1) | (left > PRICE)).nonzero()[:, 0]
+    todo = (used.any(1) | (left > air.price)).nonzero()[:, 0]
     if len(todo):
         seen = look(some(view, todo), found=None if afresh else some(start, todo))
         new = {image: [] for image in stay}
@@ -245,6 +235,14 @@ def paint(air: AIR, objects: Objects) -> Tensor:
     return air.paint(objects.poses.flatten(0, 1), objects.z_what.flatten(0, 1)).unflatten(0, (n, k))
 
 
+def possible(evidence: Tensor, price: float) -> Tensor:
+    """The evidence of each count in each of several cells, `[cells, T + 1]`, without more objects than were found where
+    they would not pay even without their price: the many places where there is nothing would add up."""
+    most, best = evidence.max(1, keepdim=True)
+    more = torch.arange(evidence.shape[1], device=evidence.device) - best
+    return evidence.masked_fill((len(evidence) > 1) & (more > 0) & (evidence + price * more < most), -math.inf)
+
+
 def assemble(air: AIR, x: Tensor, image: np.ndarray | Tensor, objects: Objects, cells, evidence: Tensor) -> Found:
     """What was found in an image, and what follows from it."""
     side, (s, places) = air.image_size, objects.poses.split([1, 2], 1)
@@ -273,8 +271,8 @@ def assemble(air: AIR, x: Tensor, image: np.ndarray | Tensor, objects: Objects, 
         objects=objects,
         boxes=torch.cat([places - width / 2, width, width], 1),
         losses=losses,
-        cell=row * evidence.shape[1] + column,
-        cell_evidence=evidence.flatten(0, 1),
+        cell=row * (len(cells[1].edges) - 1) + column,
+        cell_evidence=possible(evidence.flatten(0, 1), air.price),
         log_weight=float(log_weight),
         explained=float(1 - (error.square().sum() / x.square().sum().clamp(min=1e-6)).clamp(max=1)),
         reconstruction=canvas[side : side + h, side : side + w],

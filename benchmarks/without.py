@@ -1,7 +1,7 @@
 """main.py without one of the parts that it adds to the paper: what is that part good for?
 
-    python benchmarks/without.py exploration --seed 1          # what follows the part is for main.py
-    python benchmarks/seeds.py --without exploration --whole --seeds 0 1 2 -- -n 1000
+    python benchmarks/without.py peak --seed 1          # what follows the part is for main.py
+    python benchmarks/seeds.py --without peak --whole --seeds 0 1 2 -- -n 1000
 
 (`main.py --guide rnn` does without the guide that looks at the residual.)
 """
@@ -51,16 +51,13 @@ def crop_with_gradient(self, z_where, x, canvas):
 PARTS = {
     # How well the baseline predicts gains cannot be measured without them.
     "gains": [(AIR, "model", whole_likelihood), (evaluation, "baseline_r2", lambda *_: None)],
-    "prior": [(main, "count_ratio", lambda *_: 1.0)],
-    "exploration": [(main, "AIR", partial(AIR, exploration=0.0))],
-    "dilation": [(ResidualAttention, "residual", lambda self, image, canvas: (image - canvas.detach()).clamp(min=0))],
+    "prior": [(main, "AIR", partial(AIR, count_ratio=1.0))],  # a uniform one instead
     "peak": [(ResidualAttention, "peak", centre)],
     "stop-gradient": [  # at the canvas that the guide sees
         (ResidualAttention, "residual", ResidualAttention.residual.__wrapped__),
         (AIR, "crop", crop_with_gradient),
     ],
     "bias": [(air, "Decoder", partial(Decoder, bias=0.0))],  # with which objects are nearly empty at first
-    "clipping": [(main, "make_svi", partial(main.make_svi, clip=False))],
 }
 
 

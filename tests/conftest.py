@@ -82,9 +82,8 @@ def data_file(digits, tmp_path_factory):
 def state(folder) -> dict[str, torch.Tensor]:
     """All that a run's future depends on, as one flat dictionary."""
     checkpoint = read_checkpoint(folder)[0]
-    groups, moments = checkpoint["optimizer"]["param_groups"], checkpoint["optimizer"]["state"]
+    moments = checkpoint["optimizer"]["state"]
     flat = {"rng": checkpoint["rng"], "step": torch.tensor(checkpoint["step"]), **checkpoint["parameters"]}
-    flat["running_norm"] = torch.tensor([group["running_norm"] for group in groups])
     return flat | {f"{name} {i}": value for i, some in moments.items() for name, value in some.items()}
 
 

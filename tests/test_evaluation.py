@@ -21,7 +21,7 @@ from inference import Inference, infer, traces
 from multi_mnist import Scenes
 from patches import Found, find
 
-SMALL = {"look_size": 16, "hidden_size": 16, "baseline_size": 8, "exploration": 0.0}
+SMALL = {"look_size": 16, "hidden_size": 16, "baseline_size": 8}
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_what_is_ordinary_is_measured_as_it_is_applied(air, scenes, monkeypatch)
 
 def test_importance_bound(scenes):
     """Where nothing is painted, and q differs from the prior in the count only, all about log p(x) is known."""
-    air = AIR(guide="rnn", **SMALL)
+    air = AIR(guide="rnn", count_ratio=1.0, **SMALL)
     air.decode.bias = -1e9
     for layer, means in (air.attend.predict[-1], 4), (air.encode.mlp[-1], 50):
         layer.weight.data.zero_()

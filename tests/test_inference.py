@@ -162,7 +162,7 @@ def test_more_moves_have_more_evidence(kind, x):
 
 def test_how_many_objects_can_be_found(x, monkeypatch):
     """One sample: as in training, or as many as are asked for. The search: eight, or more if training had more."""
-    monkeypatch.setattr(inference, "PRICE", -1e4)
+    monkeypatch.setattr(AIR, "price", -1e4)
     for config, sampled, found in (({}, 3, 8), ({"max_objects": 12}, 12, 12), ({"guide": "rnn"}, 3, 3)):
         air = small_air(**config)
         (air.attend.present if air.sees_residual else air.attend.predict)[-1].bias.data.fill_(1000.0)

@@ -16,7 +16,7 @@ from air import AIR
 from training.checkpoint import read_checkpoint
 from training.data import load_own_scenes
 from training.parallel import Processes
-from training.svi import count_ratio, make_svi
+from training.svi import make_svi
 
 QUICK, LOAD = (*SHORT, "--viz-every", 10**6), ("--visdom", "off", "--load")
 
@@ -72,7 +72,6 @@ def test_two_processes_are_one(torchrun, tmp_path, data_file):
     scenes = load_own_scenes(data_file, None, None, 3, None, None)[0]
     pyro.set_rng_seed(0)
     air = AIR(**checkpoint["air"])
-    air.set_count_prior(count_ratio(0, 6, air.usual_window))
     for rank in (0, 1):
         if rank == 1:
             torch.manual_seed(int(np.random.SeedSequence([0, 1, 0]).generate_state(1)[0]))

@@ -15,7 +15,6 @@ import torch
 from conftest import LIMIT, ROOT, SHORT, before_steps, call, files, metrics
 from PIL import Image
 
-import inference
 import predict
 from air import AIR
 from evaluation import ReferenceStats, bounds, find_at_scale, reference_stats
@@ -36,7 +35,7 @@ def make_air(**config) -> AIR:
 @pytest.fixture
 def busy(monkeypatch):
     """Every further object pays: as many are found as may be."""
-    monkeypatch.setattr(inference, "PRICE", -1e4)
+    monkeypatch.setattr(AIR, "price", -1e4)
 
 
 def check(results, expected):

@@ -5,6 +5,7 @@ gradients are added up, so that all take the same step, the one that a single pr
 the whole mini-batch.
 """
 
+import math
 import os
 import signal
 
@@ -61,15 +62,14 @@ class Processes:
         """Wait for all others to come here as well."""
         self._call(dist.barrier)
 
-    def all_reduce_gradients(self, loss: float, groups: list[list[torch.Tensor]]) -> tuple[float, list[float]]:
-        """Replace the gradients of groups of parameters by their sums over the processes.
+    def all_reduce_gradients(self, loss: float, parameters: list[torch.nn.Parameter]) -> float:
+        """Replace the parameters' gradients by their sums over the processes.
 
-        Returns the sum of the losses and the norm of each group's summed gradients; NaN in one process is NaN in all.
+        Returns the sum of the losses; NaN in all processes if it, or a gradient, is not finite in one.
         """
         if self.world_size == 1:
             self.should_stop = self.stop_signal is not None
         else:  # Everything in one collective: gradients, loss, and whether to stop.
-            parameters = [parameter for group in groups for parameter in group]
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             others = gradients[0].new_tensor([loss, self.stop_signal is not None])
             total = torch.cat([*(gradient.flatten() for gradient in gradients), others])
@@ -78,8 +78,8 @@ class Processes:
             for parameter, its_sum in zip(parameters, sums):
                 parameter.grad = its_sum.view_as(parameter)
             loss, self.should_stop = others[0].item(), bool(others[1] > 0)
-        norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
-        return loss, torch.stack(norms).tolist()
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return loss if norm.isfinite() else math.nan
 
     def any_stop_signal(self) -> bool:
         """Whether one of the processes was sent a signal to stop, also after the last step; all know the same."""

@@ -3,12 +3,10 @@
 import math
 import sys
 
-import numpy as np
 import pyro
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
 from pyro.optim import PyroOptim
-from torch.nn.utils import clip_grads_with_norm_
 from tqdm import tqdm
 
 from air import AIR
@@ -16,21 +14,17 @@ from training.parallel import Processes
 
 # So many skipped steps within so many end a run.
 MAX_SKIPPED_STEPS, SKIPPED_WITHIN = 3, 100
-DIGIT_WINDOW = 50 / 3  # How long windows on multi-MNIST's digits are by the prior on poses, in pixels.
 
 
 class NonFiniteError(ArithmeticError):
     """A run came to numbers that are not finite, from which nothing can be learned."""
 
 
-def make_svi(
-    air: AIR, estimator: str, processes: Processes | None = None, clip: bool = True
-) -> tuple[SVI, torch.optim.Adam]:
+def make_svi(air: AIR, estimator: str, processes: Processes | None = None) -> tuple[SVI, torch.optim.Adam]:
     """The inference algorithm, and the optimizer behind it: one Adam, with a parameter group for the baseline's rate.
 
     estimator: "tracegraph" samples `z_pres` and reduces the variance of its gradient; "traceenum" sums
         over its values, all T + 1 counts, and has no such variance. The rest is sampled by both.
-    clip: whether to cut gradients that are much longer than usual, see `clip_gradient`.
 
     `svi.step(x)` returns the loss, minus the ELBO summed over the mini-batch. It is NaN if the loss or the
     gradient is not finite, in one of the processes; the parameters are then left as they were.
@@ -38,9 +32,7 @@ def make_svi(
     processes = processes or Processes()
     baseline = [p for name, p in air.named_parameters() if name.startswith("baseline.")]
     others = [p for name, p in air.named_parameters() if not name.startswith("baseline.")]
-    # A short memory of squared gradients: with the usual 0.999, a rare step can put out `z_pres` for good.
-    groups = [{"params": group, "running_norm": 0.0} for group in (others, baseline) if group]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    adam = torch.optim.Adam([{"params": group} for group in (others, baseline) if group], fused=True)
     if estimator == "tracegraph":
         guide, elbo = air.guide, TraceGraph_ELBO(max_plate_nesting=1)
     else:
@@ -54,13 +46,9 @@ def make_svi(
             if is_finite(guide, x):
                 raise
             loss = math.nan
-        loss, norms = processes.all_reduce_gradients(loss, [group["params"] for group in adam.param_groups])
-        if not math.isfinite(loss + sum(norms)):
+        loss = processes.all_reduce_gradients(loss, [*others, *baseline])
+        if not math.isfinite(loss):
             adam.zero_grad()  # Without gradients the optimizer's step changes nothing.
-            return math.nan
-        if clip:
-            for group, norm in zip(adam.param_groups, norms):
-                clip_gradient(group, norm)
         return loss
 
     return SVI(air.model, guide, SingleOptimizer(adam), elbo.loss, loss_and_grads), adam
@@ -75,13 +63,6 @@ class SingleOptimizer(PyroOptim):
     def __call__(self, params) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def clip_gradient(group: dict, norm: float, factor: float = 1.2, memory: float = 0.98) -> None:
-    """Make the gradient of a parameter group, of that norm, at most `factor` times as long as it usually is."""
-    running = group["running_norm"] or norm
-    group["running_norm"] = memory * running + (1 - memory) * min(norm, 3 * running)
-    clip_grads_with_norm_(group["params"], factor * group["running_norm"], torch.tensor(norm))
 
 
 @torch.no_grad()
@@ -115,17 +96,6 @@ def check_finite(air: AIR, optimizer: torch.optim.Optimizer, step: int) -> None:
         raise NonFiniteError(f"after step {step} the parameters are not finite, and are not saved")
 
 
-def schedule(step: int, num_steps: int, warm_up: int = 100) -> float:
-    """The learning rate at `step`, as a part of its largest: a short linear rise, then half a cosine down to 0."""
-    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-
-
-def count_ratio(step: int, num_steps: int, window: float = DIGIT_WINDOW) -> float:
-    """The ratio of the prior on the count at `step`, while training; `window`: how long windows usually are, in pixels.
-
-    Strict from the 200th step on, and slowly less so, so that one object is not explained by several pieces; but not
-    at first: before the decoder can paint anything, everything would become no object. What a second piece gains
-    grows with the pixels of an object, and so must its price; but Pyro takes no probability below 1.2e-7 (16 nats).
-    """
-    price = np.clip((window / DIGIT_WINDOW) ** 2, 1, 1.75)
-    return math.exp(price * np.interp(step, [0, 100, 200, max(num_steps, 201)], [-3, -3, -9, -4]))
+def schedule(step: int, num_steps: int) -> float:
+    """The learning rate at `step`, as a part of its largest: half a cosine, down to 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / num_steps))
