@@ -34,7 +34,7 @@ from inference import (
 from modules import MIN_SCALE, pose_to_place
 
 SWEEPS = 2  # of the search
-ROOM = 1.2  # usual windows that a patch is larger than its cell, for the windows of objects at the cell's border
+ROOM = 1.0  # usual windows that a patch is larger than its cell, for the windows of objects at the cell's border
 CELL = 2.2  # usual windows that a cell may be long: few objects lie in it
 PATIENCE, TOGETHER = 3, 16  # See inference.py; for the images that have several cells.
 MOST_PATCHES = 256  # at once, for the memory's sake
@@ -153,10 +153,12 @@ def find(air: AIR, images: Sequence[np.ndarray | Tensor], moves: int = MOVES, se
 
 
 def divide(length: int, sweep: int, side: int, window: float) -> Axis:
-    """Cells along one side of an image, `length` pixels long; one more in every other sweep."""
+    """Cells along one side of an image, `length` pixels long; shifted by half a cell in every other sweep."""
     longest = max(min(side - ROOM * window, CELL * window), side / 8)
-    n = 1 if length <= side else math.ceil(length / longest) + sweep % 2
+    n = 1 if length <= side else math.ceil(length / longest)
     edges, turns, ends = torch.linspace(0, length, n + 1), [], []
+    if n > 1 and sweep % 2:
+        edges = torch.cat([edges[:1], (edges[1:] + edges[:-1]) / 2, edges[-1:]])
     corners = ((edges[1:] + edges[:-1] - side) / 2).round().clamp(0, length - side).int().tolist()
     for corner in corners:
         turns.append(next((turn for turn, end in enumerate(ends) if end <= corner), len(ends)))

@@ -163,7 +163,8 @@ def test_a_density_depends_on_arguments_and_parameters_only(air, x):
     """Not on what the guide has painted just before, with other parameters."""
     guide = poutine.trace(air.guide).get_trace(x)
     nn.init.constant_(air.decode.mlp[-1].bias, 1.0)
-    expected = model_density_by_hand(air, x, {name: guide.nodes[name]["value"] for name in guide.stochastic_nodes}, air.count_ratio)
+    values = {name: guide.nodes[name]["value"] for name in guide.stochastic_nodes}
+    expected = model_density_by_hand(air, x, values, air.count_ratio)
     torch.testing.assert_close(log_density(poutine.replay(air.model, guide), x), expected, rtol=1e-8, atol=0)
 
 

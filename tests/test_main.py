@@ -27,7 +27,7 @@ def test_a_run_leaves_what_it_should(run):
     assert "count accuracy" in finished.stdout and str(folder) in finished.stdout
     assert "6/6" in finished.stderr and "loss -" in finished.stderr and "validation accuracy" in finished.stderr
     assert "ELBO" not in finished.stderr  # That of metrics.jsonl has another prior on the count.
-    pictures = "attention.png reconstruction.png steps.png mistakes.png prior.png curves.png confusion.png"
+    pictures = "attention.png reconstruction.png steps.png mistakes.png curves.png confusion.png"
     assert files(folder).keys() == {*pictures.split(), "checkpoint.pt", "config.json", "metrics.jsonl", ".lock"}
     lines = metrics(folder)
     assert [(line["split"], line["step"]) for line in lines] == [*(("validation", n) for n in (2, 4, 6)), ("test", 6)]

@@ -4,13 +4,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from pyro import poutine
 from tqdm import tqdm
 
 import viz
 from air import AIR
-from evaluation import Evaluation, evaluate, seeded_rng
+from evaluation import Evaluation, evaluate
 from multi_mnist import Scenes
 from training.checkpoint import write_file
 from training.run import UsageError, read_metrics
@@ -81,9 +79,6 @@ def draw(air: AIR, split: str, scenes: Scenes, evaluation: Evaluation, lines: li
     steps = first.boxes, first.counts, first.x_att, first.y_att, first.canvases, np.exp(first.count_evidence)
     pictures["steps"] = viz.draw_steps(x[few], *(part[few] for part in steps), title=title)
 
-    title = "Scenes sampled from the model (without the noise of pixels): before it learned anything, and now"
-    pictures["prior"] = viz.draw_scenes(prior_samples(air), title=title, labels=["before", "now"])
-
     if scenes.counts is not None:
         title = f"{split_scenes} (of {len(counts):,}) counted wrong: true count → inferred count"
         wrong = np.flatnonzero(scenes.counts != counts)[:30]
@@ -100,22 +95,3 @@ def draw(air: AIR, split: str, scenes: Scenes, evaluation: Evaluation, lines: li
     if confusions:
         pictures["confusion"] = viz.draw_confusion(confusions[-1], f"{split_scenes}: counts")
     return pictures
-
-
-@torch.no_grad()
-def prior_samples(air: AIR) -> np.ndarray:
-    """Twenty scenes `[20, h, h]` of the model, run forward: ten as an untrained one paints them, ten as this one does.
-
-    With given numbers of objects, and as the mean of what "x" is sampled from.
-    """
-    device = air.z_where_loc.device
-    with seeded_rng(device):
-        untrained = AIR(**air.config).to(device)
-    counts = torch.arange(1, 11, device=device) % (air.max_objects + 1)
-    given = {f"z_pres_{t}": (counts > t).to(air.z_where_loc) for t in range(air.max_objects)}
-    samples = []
-    for painter in (untrained, air):
-        with seeded_rng(device):
-            trace = poutine.trace(poutine.condition(painter.model, given)).get_trace(num_scenes=len(counts))
-        samples.append(trace.nodes["x"]["fn"].mean.clamp(0, 1).cpu().numpy())
-    return np.concatenate(samples)
