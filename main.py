@@ -6,9 +6,7 @@ python main.py --data my-images/                       # with images of your own
 python main.py --load runs/NAME                       # resume a run that was interrupted
 python main.py --load runs/NAME --eval-only           # evaluate it on the test scenes
 torchrun --nproc-per-node 4 main.py                   # train in four processes, on one machine or several
-
-Then `python predict.py runs/NAME IMAGES` counts what is in images of your own, and
-`python benchmarks/report.py runs/NAME` measures in depth how well it does.
+python predict.py runs/NAME IMAGES                    # then: count what is in images of your own
 """
 
 import json
@@ -121,16 +119,14 @@ def evaluate_only(args) -> dict:
     checkpoint, path = read_checkpoint(args.load)
     air = build_air(checkpoint, path).to("cuda" if args.cuda else "cpu")
     reference = read_reference(checkpoint, path)
-    if args.data:
-        canvases, scenes = own_images(args.data, args.invert, air.image_size)
-    else:
-        canvases, scenes = None, evaluation_scenes(checkpoint, args.data_dir)
+    own = own_images(args.data, args.invert, air.image_size) if args.data else None
+    canvases, scenes = own or (None, evaluation_scenes(checkpoint, args.data_dir))
     if canvases:
         metrics = evaluate_images(air, canvases, scenes.counts, reference, args.object_size)
     else:
         metrics = evaluate(air, scenes, args.max_objects, True, reference and reference.temperature).metrics
-    state = run.State(checkpoint["step"], checkpoint["seconds"])
-    return run.metrics_line("data" if args.data else "test", state, metrics)
+    split, state = "data" if args.data else "test", run.State(checkpoint["step"], checkpoint["seconds"])
+    return run.metrics_line(split, state, metrics)
 
 
 def summary(result: dict, folder: Path) -> str:
@@ -146,11 +142,8 @@ def summary(result: dict, folder: Path) -> str:
         error, wrong = result["calibration_error"], result["sure_but_wrong"]
         lines.append(f"  its probability  is off by {error:.2%} on average; {wrong:.2%} are wrong although above 99%")
     lines.append(f"  ELBO             {result['elbo']:.1f} nats per image")
-    lines.append(f"  last step used   in {result['last_step_rate']:.2%} of the images")
-    if result["confusion"]:
-        lines.append("  inferred count  " + "".join(f"{count:>8}" for count in range(len(result["confusion"][0]))))
-        for true, row in enumerate(result["confusion"]):
-            lines.append(f"    true count {true:<3}" + "".join(f"{n:>8,}" for n in row))
+    for true, row in enumerate(result["confusion"] or ()):
+        lines.append(f"  with {true} objects   0, 1, .. were found in {', '.join(f'{n:,}' for n in row)} scenes")
     return "\n".join([*lines, f"Checkpoint, metrics and pictures are in {folder}"])
 
 
