@@ -237,12 +237,8 @@ class ResidualAttention(nn.Module):
     def is_highest(self, score: Tensor) -> Tensor:
         """Where a score `[batch, h, h]` is the highest within half a usual window."""
         highest = pad(score, (self.reach // 2,) * 4, value=-torch.inf)
-        for dim in (1, 2):
-            width = 1
-            while width < self.reach:  # The highest of `width` pixels becomes that of up to twice as many.
-                step = min(width, self.reach - width)
-                n = highest.shape[dim] - step
-                highest, width = torch.maximum(highest.narrow(dim, 0, n), highest.narrow(dim, step, n)), width + step
+        for dim in (1, 2):  # Faster here than max_pool2d.
+            highest = highest.unfold(dim, self.reach, 1).amax(-1)
         return score >= highest
 
     def forward(self, step: Step) -> tuple[Tensor, Tensor, Tensor, tuple]:
