@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from evaluation import (
     bounds,
     calibrate,
     evaluate,
+    find_at_scale,
     importance_bound,
     interval,
     out_of_distribution,
@@ -17,6 +20,7 @@ from evaluation import (
     reference_stats,
     search_metrics,
 )
+from images import to_canvas
 from inference import Inference, infer, traces
 from multi_mnist import Scenes
 from patches import Found, find
@@ -162,3 +166,21 @@ def test_how_much_of_what_follows_the_baseline_explains(air, scenes, monkeypatch
         torch.manual_seed(1)
         assert baseline_r2(air, x) == pytest.approx(r2)
     assert baseline_r2(AIR(max_objects=1, **SMALL), x[:1]) is None  # Nothing varies.
+
+
+def test_large_pieces_are_looked_at_both_ways(air, monkeypatch):
+    """They stay smaller, unless the image as it is was explained better by more than SHRINKS. Nearly: a doubt."""
+    x = np.zeros((100, 100), np.uint8)
+    x[30:60, 40:60] = 255  # 30 pixels, where 13 are usual
+    explained = {100: None, 44: 0.8}  # by the image's side
+    monkeypatch.setattr(
+        evaluation,
+        "find",
+        lambda air, xs: [SimpleNamespace(explained=explained[len(x)], side=len(x)) for x in xs],
+    )
+    for as_it_is, side, in_doubt in ((0.8, 44, False), (0.9, 44, True), (0.95, 100, True)):
+        explained[100] = as_it_is
+        ((found, canvas, doubt),) = find_at_scale(air, [to_canvas(x)], [None])
+        assert (found.side, len(canvas.x), doubt) == (side, side, in_doubt)
+        ((found, *_, doubt),) = find_at_scale(air, [to_canvas(x)], [30.0])  # The length is known.
+        assert (found.side, doubt) == (44, False)
