@@ -1,133 +1,162 @@
-"""What the choice of a gradient estimator costs and gains: noise, time, and how soon AIR can count.
+"""Five estimators of the same gradient: how noisy each is, and what it learns. It draws figures/estimators.png.
 
-    python benchmarks/estimators.py                           # five seeds of each, 1,500 steps: an hour on one core
-    python benchmarks/estimators.py --seeds 0 -n 600 --draws 5 --out runs/quick     # minutes; its numbers mean nothing
+    OMP_NUM_THREADS=1 python benchmarks/estimators.py
 
-Every estimator is trained with every seed, by main.py, in runs/estimators. A run that is there is not made again, and
-one that was interrupted is resumed: the script may be stopped and started at will.
-
-The noise of the gradients is measured at three points of one run (tracegraph with its RNN baseline, the first seed):
-for all estimators at the same parameters and on the same mini-batch, so that all have the same mean and differ in noise
-alone. It is the trace of the covariance of a parameter group's gradient, in units of the squared length of its mean.
+The guide is the paper's RNN, the prior on the count a price of 6 nats an object. Each estimator is trained from the
+same start with each seed. The noise is measured at three points of one run (`POINTS_OF`, the first seed), for all at
+the same parameters and on the same scenes, so that all have the same mean: it is the trace of the covariance of the
+gradient of the network that chooses z_pres and z_where (`attend`), in units of the squared length of the mean. A
+baseline is first trained for FIT updates at those parameters (but not at update 0: there it knows nothing).
+What is measured is kept in --out; what is there is not measured again.
 """
 
 import argparse
-import shutil
+import json
+import math
 import sys
+import time
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 import pyro
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from pyro import poutine
+from pyro.infer import SVI, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from seeds import markdown, train_until
-
+import viz
 from air import AIR
+from inference import infer
 from multi_mnist import load_split
-from training.checkpoint import read_checkpoint
-from training.svi import count_ratio, make_svi
 
-# name: (--estimator, --baseline)
+
+class InOnePiece(AIR):
+    """Observes the whole image at once, so that each choice is charged with all of it; the same density."""
+
+    def model(self, x=None, num_scenes=1, max_objects=None, canvas=None):
+        if x is None or canvas is not None or not self.training:
+            return super().model(x, num_scenes, max_objects, canvas)
+        return poutine.condition(super().model, {"x": x})(None, len(x), max_objects)
+
+
+# name: (the model, the baseline, the ELBO)
 ESTIMATORS = {
-    "traceenum": ("traceenum", "none"),
-    "tracegraph, RNN": ("tracegraph", "rnn"),
-    "tracegraph, none": ("tracegraph", "none"),
+    "in one piece": (InOnePiece, "none", TraceGraph_ELBO),
+    "in one piece, baseline": (InOnePiece, "rnn", TraceGraph_ELBO),
+    "gains": (AIR, "none", TraceGraph_ELBO),
+    "gains, baseline": (AIR, "rnn", TraceGraph_ELBO),
+    "summed out": (AIR, "none", TraceEnum_ELBO),
 }
-GROUPS = ("decode", "attend", "encode")
-ACCURACIES = (0.90, 0.95, 0.98)
-MIDDLE = 500  # the second point at which the noise is measured; the others are the start and the end
+POINTS_OF = "gains, baseline"
+BATCH, FIT = 64, 200  # scenes in a mini-batch; updates of a baseline before the noise is measured
 
 
-def train(name: str, seed: int, args) -> list[dict]:
-    """The lines of metrics.jsonl of a finished run, which is made or completed if need be."""
-    folder = args.out / f"{name.replace(', ', '-')}-seed{seed}"
-    print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
-    estimator, baseline = ESTIMATORS[name]
-    flags = ["--estimator", estimator, "--baseline", baseline, "--seed", seed, "-n", args.num_steps]
-    flags += ["-b", args.batch_size, "--data-dir", args.data_dir, "--eval-every", 100, "--visdom", "off", *args.flags]
-    if not (folder / "middle.pt").exists():
-        train_until(folder, flags, MIDDLE)
-        shutil.copy(folder / "checkpoint.pt", folder / "middle.pt")
-    return train_until(folder, flags)
+def make(name: str, seed: int = 0, rate: float = 2e-3) -> tuple[AIR, SVI]:
+    kind, baseline, elbo = ESTIMATORS[name]
+    pyro.set_rng_seed(seed)
+    pyro.clear_param_store()
+    air = kind(guide="rnn", baseline=baseline, count_ratio=math.exp(-6))
+    air.exploration = 0.0
+    adam = pyro.optim.Adam(lambda name: {"lr": 1e-2 if "baseline" in name else rate})
+    guide = config_enumerate(air.guide) if elbo is TraceEnum_ELBO else air.guide
+    return air, SVI(air.model, guide, adam, elbo(max_plate_nesting=1))
 
 
-def first_at(lines: list[dict], accuracy: float) -> tuple[float, float]:
-    """Step and seconds of training of the first evaluation with this accuracy; infinite if there is none."""
-    lines = [line for line in lines if line["split"] == "validation" and line["count_accuracy"] >= accuracy]
-    return (lines[0]["step"], lines[0]["seconds"]) if lines else (float("inf"), float("inf"))
+def train(name: str, seed: int, x: torch.Tensor, scenes, args) -> list[tuple[int, float, float]]:
+    """Update, seconds of CPU time and accuracy on the scenes, at 17 evaluations. Keeps some parameters in --out."""
+    (air, svi), n, seconds, lines = make(name, seed), args.num_updates, 0.0, []
+    for update in range(n + 1):
+        if update in (0, n // 4, n) and (name, seed) == (POINTS_OF, args.seeds[0]):
+            torch.save(air.state_dict(), args.out / f"{update}.pt")
+        if update % max(1, n // 16) == 0:
+            right = np.mean(infer(air, scenes.x[:2000]).counts.numpy() == scenes.counts[:2000])
+            lines.append((update, seconds, float(right)))
+        started = time.process_time()
+        svi.step(x[torch.randint(len(x), (BATCH,))].float() / 255)
+        seconds += time.process_time() - started
+    print(f"{name}, seed {seed}: " + ", ".join(f"{right:.1%}" for *_, right in lines), flush=True)
+    return lines
 
 
-def gradients(name: str, checkpoint: dict, ratio: float, x: torch.Tensor, draws: int) -> dict[str, torch.Tensor]:
-    """Gradients of one mini-batch, by parameter group: `[draws, parameters]`. ratio: of the prior on the count."""
-    estimator, baseline = ESTIMATORS[name]
-    air = AIR(**checkpoint["air"] | {"baseline": baseline})
-    air.load_state_dict(checkpoint["parameters"], strict=baseline == "rnn")
-    air.set_count_prior(ratio)
-    pyro.set_rng_seed(0)
-    svi, _ = make_svi(air, estimator, clip=False)
-    rows = {group: [] for group in GROUPS}
+def gradients(name: str, parameters: dict, x: torch.Tensor, draws: int, batches: torch.Tensor) -> torch.Tensor:
+    """Gradients of `attend` on a mini-batch, `[draws, parameters]`; batches: for a baseline to learn from before."""
+    air, svi = make(name, rate=0.0)
+    air.load_state_dict(parameters, strict=False)  # without a baseline, if they have none
+    for batch in batches if air.baseline else ():
+        svi.step(batch.float() / 255)
+    rows = []
     for _ in range(draws):
         air.zero_grad()
         svi.loss_and_grads(svi.model, svi.guide, x)
-        for group in GROUPS:
-            rows[group].append(torch.cat([p.grad.flatten() for p in getattr(air, group).parameters()]) / len(x))
-    return {group: torch.stack(row) for group, row in rows.items()}
+        rows.append(torch.cat([p.grad.flatten() for p in air.attend.parameters()]) / len(x))
+    return torch.stack(rows)
 
 
-def noise(checkpoint: dict, ratio: float, x: torch.Tensor, draws: int) -> dict[str, dict[str, float]]:
-    """By estimator and group: trace of the covariance, over the squared length of the mean. See `gradients`.
+def noise(parameters: dict, x: torch.Tensor, draws: int, batches: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """For each estimator the trace of the covariance over the squared length of the mean, and its standard error.
 
-    All have the same mean, and the first one, traceenum, knows it best; its squared length is overestimated by the
-    mean's own variance.
+    The last one, summed out, knows the mean best; its squared length is overestimated by the mean's own variance.
     """
-    variances, signal = {}, {}
+    spreads = {}
     for name in ESTIMATORS:
-        rows = gradients(name, checkpoint, ratio, x, draws)
-        variances[name] = {group: row.var(0).sum().item() for group, row in rows.items()}
-        means = {group: row.mean(0).square().sum().item() for group, row in rows.items()}
-        signal = signal or {group: means[group] - variances[name][group] / draws for group in GROUPS}
-    return {name: {group: row[group] / signal[group] for group in GROUPS} for name, row in variances.items()}
+        rows = gradients(name, parameters, x, draws, batches)
+        spreads[name] = (rows - rows.mean(0)).square().sum(1) * draws / (draws - 1)
+    signal = rows.mean(0).square().sum() - spreads[name].mean() / draws
+    return {k: ((v.mean() / signal).item(), (v.std() / draws**0.5 / signal).item()) for k, v in spreads.items()}
 
 
-def report(runs: dict) -> str:
-    rows = []
-    for name, by_seed in runs.items():
-        cells = [name]
-        for accuracy in ACCURACIES:
-            steps, seconds = zip(*(first_at(lines, accuracy) for lines in by_seed))
-            cells.append(f"{median(steps):.0f}, {min(steps):.0f} to {max(steps):.0f} ({median(seconds):.0f} s)")
-        per_step = 1000 * median(lines[-1]["seconds"] / lines[-1]["step"] for lines in by_seed)
-        rows.append([*cells, f"{per_step:.0f}", ", ".join(f"{lines[-1]['count_accuracy']:.2%}" for lines in by_seed)])
-    heads = [f"{accuracy:.0%}" for accuracy in ACCURACIES]
-    return markdown(["estimator", *heads, "ms per step", "test scenes, at the end"], rows)
+def draw(runs: dict, measured: dict) -> np.ndarray:
+    """The noise as bars, point by point; and the accuracies of all runs over updates."""
+    figure = Figure(figsize=(9, 3.6), dpi=viz.DPI, layout="constrained")
+    bars, curves = figure.subplots(1, 2)
+    for i, (name, by_seed) in enumerate(runs.items()):
+        height, error = np.array([row[name] for row in measured.values()]).T
+        bars.bar(np.arange(len(measured)) + 0.16 * (i - 2), height, 0.15, yerr=error, color=f"C{i}", capsize=2)
+        for k, lines in enumerate(by_seed):
+            updates, _, right = zip(*lines)
+            curves.plot(updates, 100 * np.array(right), color=f"C{i}", lw=1.3, label=None if k else name)
+    bars.set(yscale="log", xticks=range(len(measured)), xticklabels=[f"update {point}" for point in measured])
+    bars.set(title="noise: variance / squared mean")
+    curves.set(xlabel="update", ylabel="% counted right", ylim=(0, 101), title="accuracy, a line for each seed")
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    return viz.render(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Compare the gradient estimators.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Compare five gradient estimators.", allow_abbrev=False)
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED", help="(default: 0 to 4)")
-    add("-n", "--num-steps", type=int, default=1500, help="of each run (default: %(default)s)")
-    add("-b", "--batch-size", type=int, default=128, metavar="IMAGES", help="(default: %(default)s)")
-    add("--draws", type=int, default=100, help="gradients from which their noise is estimated (default: %(default)s)")
-    add("--data-dir", type=Path, default=Path("data"), help="where MNIST is kept (default: data)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="(default: 0 to 2)")
+    add("-n", "--num-updates", type=int, default=800, help="of each run (default: %(default)s)")
+    add("--draws", type=int, default=200, help="gradients from which the noise is estimated (default: %(default)s)")
     add("--out", type=Path, default=Path("runs/estimators"), help="(default: runs/estimators)")
-    add("flags", nargs="*", metavar="-- FLAGS", help="further ones of main.py")
+    add("--figure", type=Path, default=Path("figures/estimators.png"), help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    runs = {name: [train(name, seed, args) for seed in args.seeds] for name in ESTIMATORS}
-    print(f"\nSteps (seconds) to the first evaluation at an accuracy, median and range of {len(args.seeds)} seeds\n")
-    print(report(runs))
-    x = torch.from_numpy(load_split("train", args.data_dir).x[: args.batch_size]) / 255
-    folder = args.out / f"tracegraph-RNN-seed{args.seeds[0]}"
-    points = [read_checkpoint(folder / file)[0] for file in ("middle.pt", "checkpoint.pt")]
-    pyro.set_rng_seed(args.seeds[0])
-    air, rows = AIR(**points[0]["air"]), []
-    for point in [{"step": 0, "air": air.config, "parameters": air.state_dict()}, *points]:
-        measured = noise(point, count_ratio(point["step"], args.num_steps), x, args.draws)
-        rows += [[f"{point['step']}", name, *(f"{row[g]:.3g}" for g in GROUPS)] for name, row in measured.items()]
-    print(f"\nNoise of the gradient of a mini-batch of {args.batch_size}: variance / squared length of the mean\n")
-    print(markdown(["step", "estimator", *GROUPS], rows))
+    pyro.enable_validation(False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    x, scenes = torch.from_numpy(load_split("train").x), load_split("validation")
+    file = args.out / "measured.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+
+    def measure(key: str, function, *arguments):
+        if key not in known:
+            known[key] = function(*arguments)
+            file.write_text(json.dumps(known))
+        return known[key]
+
+    runs = {name: [] for name in ESTIMATORS}
+    for seed in args.seeds:
+        for name in ESTIMATORS:
+            runs[name].append(measure(f"{name}, seed {seed}", train, name, seed, x, scenes, args))
+    pyro.set_rng_seed(0)
+    measured, batches = {}, x[torch.randint(len(x), (FIT, BATCH))]
+    for point in (0, args.num_updates // 4, args.num_updates):
+        arguments = torch.load(args.out / f"{point}.pt"), x[:BATCH].float() / 255, args.draws
+        measured[point] = measure(f"noise {point}", noise, *arguments, batches if point else batches[:0])
+        print(f"update {point}: " + ", ".join(f"{k} {v:.2f} ± {e:.2f}" for k, (v, e) in measured[point].items()))
+    Image.fromarray(draw(runs, measured)).save(args.figure)
 
 
 if __name__ == "__main__":

@@ -143,14 +143,13 @@ def test_speed_counts_the_matrix_products(capsys):
 def test_noise_of_the_gradients(x):
     """The exact sum is less noisy than samples, where z_pres is chosen."""
     pyro.enable_validation(False)
-    air, x = AIR(), x.float()
-    checkpoint = {"air": air.config, "parameters": air.state_dict()}
-    attend = {name: row["attend"] for name, row in estimators.noise(checkpoint, 0.05, x, 20).items()}
-    rows = estimators.gradients("traceenum", checkpoint, 0.05, x, 20)["attend"].double()
-    mean, exact = sum(rows) / 20, attend.pop("traceenum")
+    parameters, x = AIR(guide="rnn").state_dict(), x.float()
+    measured = estimators.noise(parameters, x, 20, x[:0])
+    rows = estimators.gradients("summed out", parameters, x, 20, x[:0]).double()
+    mean, (exact, _) = sum(rows) / 20, measured.pop("summed out")
     variance = sum((row - mean).square().sum() for row in rows) / 19
     assert exact == pytest.approx((variance / (mean.square().sum() - variance / 20)).item(), rel=1e-3)
-    assert exact < 0.8 * min(attend.values())
+    assert exact < 0.8 * min(value for value, _ in measured.values())
 
 
 def test_without_a_part(x):
@@ -198,10 +197,9 @@ def test_seeds_trains_until_a_step(data_file, tmp_path, monkeypatch):
 
 
 def test_scripts_print_what_they_measured_of_a_finished_run(run, digits, scenes, tmp_path, monkeypatch):
-    for name in ("seed3", "traceenum-seed0", "tracegraph-RNN-seed0", "tracegraph-none-seed0"):
-        shutil.copytree(run[0], tmp_path / name)
-        shutil.copy(run[0] / "checkpoint.pt", tmp_path / name / "middle.pt")
+    shutil.copytree(run[0], tmp_path / "seed3")
     patched = [(report, "UNLIKE", 10), (many, "SCENES", [(3, 90)]), (estimators, "load_split", lambda *_: scenes)]
+    patched += [(estimators, "FIT", 2), (estimators, "BATCH", 8)]
     for patch in [*patched, *((script, "load_digits", lambda *_: digits) for script in (many, moves, seeds, unlike))]:
         monkeypatch.setattr(*patch)
     last, rows = metrics(run[0])[-1], rows_of(seeds, "--whole", "--seeds", 3, "--out", tmp_path, "--unseen")
@@ -210,8 +208,9 @@ def test_scripts_print_what_they_measured_of_a_finished_run(run, digits, scenes,
     more = [counted for _, counted, _ in report.more_digits(load_air(run[0]), *digits, 8, None)]
     assert rows[8] == ["3", *(f"{part['count_accuracy']:.1%} ({part['count_accuracy_search']:.1%})" for part in more)]
     assert rows_of(seeds, "--whole", "--compare", tmp_path)[-1] == [tmp_path.name, f"{one} ({searched})", elbo]
-    rows = [row[0] for row in rows_of(estimators, "--seeds", 0, "--draws", 2, "-b", 8, "--out", tmp_path)]
-    assert rows[2:5] == [*estimators.ESTIMATORS] and rows[7:] == ["0"] * 3 + ["6"] * 6
+    flags = ["--seeds", 0, "-n", 4, "--draws", 2, "--out", tmp_path / "estimators", "--figure", tmp_path / "e.png"]
+    lines = [line.split(":")[0] for line in call(estimators.main, *flags).stdout.splitlines()]
+    assert lines == [*(f"{name}, seed 0" for name in estimators.ESTIMATORS), "update 0", "update 1", "update 4"]
     assert " coins; 24 are there" in call(coins.main, tmp_path / "seed3").stdout
     assert (tmp_path / "seed3" / "coins.png").stat().st_size > 10_000
     lines = call(many.main, tmp_path / "seed3", "-n", 2, "--sizes", 2).stdout.splitlines()
