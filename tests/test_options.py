@@ -1,5 +1,7 @@
 """The flags of main.py: bad ones are told at once, and a resumed run keeps what it is."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import ROOT, call, files
@@ -69,6 +71,13 @@ def test_a_resumed_run_keeps_what_it_is(run, run_main, monkeypatch, tmp_path):
     assert str(args.data) == checkpoint["flags"]["data"] and args.cuda is False and args.eval_every == 2
 
 
-def test_help_shows_defaults():
-    shown = " ".join(call(main.main, "-h").stdout.split())
-    assert "(default: 4500)" in shown and "(default: 0.004)" in shown and "(default: auto)" in shown
+def test_a_copy_does_not_write_where_it_lies(run, run_main, no_pictures, tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    shutil.copy(run[0] / "checkpoint.pt", tmp_path)
+    (tmp_path / "link.pt").symlink_to(run[0] / "checkpoint.pt")
+    earlier = files(tmp_path)
+    for name in ("checkpoint.pt", "link.pt"):
+        refused = run_main("--load", tmp_path / name, "-n", 8)
+        assert refused.returncode == 2 and "not in the folder of a run" in refused.stderr.splitlines()[-1]
+    assert run_main("--load", tmp_path / "link.pt", "-n", 7, "--out", tmp_path.with_name("new")).returncode == 0
+    assert files(tmp_path) == earlier
