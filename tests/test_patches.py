@@ -16,10 +16,7 @@ from patches import Found, find
 
 @pytest.fixture
 def air():
-    """Its objects are a little brighter than nothing: some of them pay."""
-    air = small_air().float()
-    torch.nn.init.constant_(air.decode.mlp[-1].bias, 0.0)
-    return air
+    return small_air(0.0).float()
 
 
 @pytest.fixture
@@ -106,12 +103,8 @@ def test_probabilities_of_several_cells():
 
 
 def test_what_cannot_be_images(air):
-    for wrong, error in (
-        (np.full((60, 60), 2.0), "values"),
-        (np.zeros((0, 60)), "shape"),
-        (np.zeros((3, 60, 60)), "shape"),
-    ):
-        with pytest.raises(ValueError, match=error):
+    for wrong in np.full((60, 60), 2.0), np.zeros((0, 60)), np.zeros((3, 60, 60)):
+        with pytest.raises(ValueError, match="^canvases have (values|shape)|^an image has shape"):
             find(air, [wrong])
     with pytest.raises(ValueError, match="the RNN guide sees canvases of 50x50 pixels"):
         find(small_air(guide="rnn").float(), [np.zeros((60, 40), np.uint8)])
