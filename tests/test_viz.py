@@ -50,13 +50,3 @@ def test_steps_show_what_was_used_only():
     assert np.array_equal(drawn(windows), drawn(changed))
     changed[1, 2] = 0
     assert not np.array_equal(drawn(windows), drawn(changed))
-
-
-def test_curves_and_confusion():
-    curves = {"ELBO": ([100, 200], [10.0, 20.0], [500.0, 600.0]), "unknown at first": ([100, 200], [1, 2], [None, 0.5])}
-    picture = viz.draw_curves(curves, "as it learns")
-    assert picture.dtype == np.uint8 and (picture != 255).any()
-    right = viz.draw_confusion([[10, 0, 0], [0, 10, 0]])
-    wrong = viz.draw_confusion([[0, 10, 0], [0, 10, 0]])
-    assert right.shape == wrong.shape and not np.array_equal(right, wrong)
-    viz.draw_confusion([[0, 0], [3, 4]])  # a count that no scene has
