@@ -15,7 +15,7 @@ from evaluation import evaluate
 from images import letterbox, to_canvas
 from multi_mnist import Scenes
 from training.checkpoint import load_air, read_checkpoint
-from training.data import load_own_scenes, pose_prior
+from training.data import load_own_scenes
 from training.svi import count_ratio, schedule
 
 no_pictures = pytest.mark.usefixtures("no_pictures")
@@ -33,11 +33,8 @@ def test_a_run_leaves_what_it_should(run):
     lines = metrics(folder)
     assert [(line["split"], line["step"]) for line in lines] == [*(("validation", n) for n in (2, 4, 6)), ("test", 6)]
     for line in lines:
-        confusion = np.array(line["confusion"])
-        assert confusion.shape == (3, 4) and confusion.sum() == line["images"] == 64
-        assert line["count_accuracy"] == pytest.approx(np.trace(confusion) / 64)
-        assert line["last_step_rate"] == pytest.approx(confusion[:, 3].sum() / 64)
-        assert line["seconds"] > 0 and line["steps_per_s"] > 0 and np.isfinite(line["elbo"])
+        assert np.sum(line["confusion"]) == line["images"] == 64 and np.isfinite(line["elbo"])
+        assert line["seconds"] > 0 and line["steps_per_s"] > 0
     config = json.loads((folder / "config.json").read_text())
     assert config["flags"]["batch_size"] == 8 and config["flags"]["seed"] == 0 and config["versions"]["torch"]
 
@@ -88,10 +85,10 @@ def test_a_users_own_images(labelled, run_main, digits, tmp_path):
     assert finished.stderr.count("notes.txt cannot be read") == finished.stderr.count("inverted (") == (not labelled)
     lines, air = metrics(folder), load_air(folder)
     assert [line["images"] for line in lines] == [6, 6] and ("count accuracy" in finished.stdout) == labelled
-    assert air.image_size == 40
-    expected = evaluate(
-        air, Scenes(np.stack([letterbox(to_canvas(image), 40).x for image in x[-6:]]), own.counts[-6:])
-    ).metrics
+    length = load_own_scenes(data, None, None, 3, None, None)[-1]  # estimated; windows are a little longer
+    assert air.image_size == 40 and air.usual_window == pytest.approx(1.15 * length)
+    held_out = np.stack([letterbox(to_canvas(image), 40).x for image in x[-6:]])
+    expected = evaluate(air, Scenes(held_out, own.counts[-6:])).metrics
     assert lines[-1]["elbo"] == pytest.approx(expected["elbo"])
     assert lines[-1]["count_accuracy"] == (expected["count_accuracy"] if labelled else None)
     assert (folder / "mistakes.png").exists() == (folder / "confusion.png").exists() == labelled
@@ -158,25 +155,11 @@ def test_by_default_multi_mnist(run, monkeypatch, scenes, tmp_path):
     assert evaluated == metrics(folder)[-1] and evaluated["split"] == "test" and evaluated["images"] == 50
 
 
-def test_how_long_objects_are_taken_to_be(tmp_path):
-    """Estimated from the images, or as told; the prior on poses is for windows a little longer."""
-    x = np.zeros((40, 100, 100), np.uint8)
-    x[:, 20:30, 40:48] = x[:, 60:70, 40:48] = 255  # ten pixels long
-    np.savez(tmp_path / "own.npz", x=x)
-    for object_size, length in ((None, 10), (20, 20)):
-        assert load_own_scenes(tmp_path / "own.npz", None, None, 3, None, object_size)[-1] == length
-    prior = pose_prior(100, 20)
-    s = 100 / 23
-    assert prior["z_where_loc"] == pytest.approx([s, 0, 0])
-    assert prior["z_where_scale"] == pytest.approx([s / 15, s / 3, s / 3])
-
-
 @pytest.mark.parametrize("crop, size, told", [(40, None, 40), (None, None, 36), (80, 40.0, 80)])
 def test_crops_of_large_images(crop, size, told, tmp_path, capsys):
     """Each is a window of one of the images, turned or mirrored; large objects are made smaller."""
-    rng, x = np.random.default_rng(0), np.zeros((2, 140, 180), np.uint8)
-    for top, left in np.ndindex(6, 8):
-        x[:, 5 + 22 * top : 17 + 22 * top, 5 + 22 * left : 13 + 22 * left] = rng.integers(150, 255, (2, 1, 1))
+    objects = np.random.default_rng(0).integers(150, 255, (2, 6, 8)).astype(np.uint8)
+    x = np.kron(objects, np.pad(np.ones((1, 12, 8), np.uint8), ((0, 0), (5, 5), (5, 9))))
     np.savez(tmp_path / "own.npz", x=x)
     train, held_out, _, length = load_own_scenes(tmp_path / "own.npz", None, None, 3, crop, size)
     assert f"10,000 random crops of {told} pixels" in capsys.readouterr().err
