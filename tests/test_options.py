@@ -1,5 +1,6 @@
-"""The flags of main.py: bad ones are told at once, and a resumed run keeps what it is."""
+"""The flags of main.py: bad ones are told at once, a resumed run keeps what it is, and the docs know them."""
 
+import re
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import ROOT, call, files
 
 import main
 from training.checkpoint import build_air, load_air, read_checkpoint, save_checkpoint
-from training.options import parse
+from training.options import make_parser, parse
 
 BAD = {
     "-n -5": "--num-steps: invalid int greater than 0 value: '-5'",
@@ -81,3 +82,16 @@ def test_a_copy_does_not_write_where_it_lies(run, run_main, no_pictures, tmp_pat
         assert refused.returncode == 2 and "not in the folder of a run" in refused.stderr.splitlines()[-1]
     assert run_main("--load", tmp_path / "link.pt", "-n", 7, "--out", tmp_path.with_name("new")).returncode == 0
     assert files(tmp_path) == earlier
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_and_commands(page):
+    """What README and docs link to, and the commands that they show, exist."""
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("http") or (ROOT / page).parent.joinpath(target).exists(), target
+    for script, flags in re.findall(r"(?:python|torchrun[^\n]*?) ([\w/]+\.py)([^\n#`|>]*)", text):
+        assert (ROOT / script).exists(), script
+        if script == "main.py":
+            known = {name for action in make_parser()._actions for name in action.option_strings}
+            assert set(re.findall(r"(?<!\S)--?[a-z][\w-]*", flags)) <= known, flags
