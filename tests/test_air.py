@@ -179,9 +179,3 @@ def test_the_model_runs_forward(form, air, x):
         scenes = [i for i, its_count in enumerate(counts) if its_count == count]
         noise = torch.stack([values["x"][i] - paint_by_hand(air, values, i, count) for i in scenes])
         assert abs(noise.mean()) < 0.01 and abs(noise.std() - 0.3) < 0.01
-
-
-def test_an_option_that_cannot_be_is_named():
-    for name, value in {"guide": "none", "max_objects": 51, "rnn_size": 2.0, "count_ratio": math.nan}.items():
-        with pytest.raises(ValueError, match=name):
-            AIR(**SMALL | {name: value})
