@@ -22,17 +22,21 @@ os.environ.pop("PYTHONUNBUFFERED", None)  # With it, what cannot be written is f
 torch.set_num_threads(1)
 # A suite that a script has put into the background was told to ignore Ctrl-C; the runs that it interrupts must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+PATHS = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+sys.path[:0] = PATHS
 
+import evaluation  # noqa: E402
 import inference  # noqa: E402
 import main  # noqa: E402
 import multi_mnist  # noqa: E402
 import patches  # noqa: E402
+import training.run  # noqa: E402
 import training.svi  # noqa: E402
 from training.checkpoint import read_checkpoint  # noqa: E402
 from training.run import read_metrics as metrics  # noqa: E402
 
 # The search finds little in what was hardly trained, and few images are looked at.
+evaluation.recombine.__defaults__ = 12, 5, 0
 inference.PATIENCE, inference.TOGETHER = 1, 4
 patches.PATIENCE, patches.TOGETHER, patches.SWEEPS = 1, 4, 1
 
@@ -72,9 +76,9 @@ def x(scenes):
 
 @pytest.fixture(scope="session")
 def data_file(digits, tmp_path_factory):
-    """640 scenes of drawn digits with their counts: 576 to train on, 64 held out."""
+    """160 scenes of drawn digits with their counts: 144 to train on, 16 held out."""
     path = tmp_path_factory.mktemp("data") / "scenes.npz"
-    scenes = multi_mnist.compose(*digits, n=640, rng=np.random.default_rng(0))
+    scenes = multi_mnist.compose(*digits, n=160, rng=np.random.default_rng(0))
     np.savez(path, x=scenes.x, counts=scenes.counts)
     return path
 
@@ -124,41 +128,32 @@ def run(tmp_path_factory, run_main):
 
 @pytest.fixture
 def start(data_file):
-    """Start main.py, or another script, in a process of its own, and leave it running."""
+    """Start main.py in a process of its own, with some code before it if there is any, and leave it running."""
     runs = []
 
-    def start(*args, script=ROOT / "main.py", launcher=(), **options):
-        args = [*map(str, args)]
-        if "--load" not in args:
-            args += ["--data", str(data_file)]
-        command = [sys.executable, *launcher, str(script), *args]
+    def start(*args, code=None, launcher=(), **options):
+        args = [*map(str, args), *(() if "--load" in args else ("--data", str(data_file)))]
+        code = f"import sys; sys.path[:0] = {PATHS}; import conftest, main; {code}; main.main()" if code else None
+        command = [sys.executable, *launcher, *(("-c", code) if code else (ROOT / "main.py",)), *args]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
         runs.append(subprocess.Popen(command, **options))
         return runs[-1]
 
     yield start
     for run in runs:
-        if run.poll() is None:
-            run.kill()
+        run.kill()
         run.communicate()
 
 
-# main.py that, after it has saved at the step of its first argument, goes on only when a signal has arrived. (It draws
-# nothing, which would take most of its time.)
-HELD = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import main
-from training import run
+def hold(at: int) -> None:
+    """After it has saved at that step, main.py goes on only when a signal has arrived. (And it draws nothing.)"""
 
-def save_and_wait(folder, air, adam, state, processes, *others, save=run.save):
-    save(folder, air, adam, state, processes, *others)
-    while state.step == step and processes.is_main and not processes.stop_signal:
-        time.sleep(0.01)
+    def save_and_wait(folder, air, adam, state, processes, *others, save=training.run.save):
+        save(folder, air, adam, state, processes, *others)
+        while state.step == at and processes.is_main and not processes.stop_signal:
+            time.sleep(0.01)
 
-step, run.save, main.Pictures.show = int(sys.argv.pop(1)), save_and_wait, lambda *_: None
-main.main()
-"""
+    training.run.save, main.Pictures.show = save_and_wait, lambda *_: None
 
 
 @pytest.fixture
