@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         seconds = (time.process_time() - started) / EACH
         text = f"{np.mean(off == 0):.0%} right, mean error {np.abs(off).mean():.2f}, {seconds:.2f} s of CPU each"
         print(f"{count} digits, {size}x{size}: {text}", flush=True)
-    reference = read_reference(checkpoint, path)  # None, if the run is not finished
-    temperature = (reference and reference.temperature) or 1.0
+    reference = read_reference(checkpoint, path)
+    temperature = (reference and reference.temperature) or 1.0  # None, if the run is not finished
     for size in SIZES:
         shrink = (1.3 / size, 0.1 / size)
         scenes = compose(*digits, 5 * EACH, np.random.default_rng(1), canvas_size=64, shrink=shrink)

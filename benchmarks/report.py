@@ -71,11 +71,8 @@ def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def match(seen: Inference, scenes: Scenes) -> np.ndarray:
-    """In each scene the one-to-one assignment of inferred to true boxes with the greatest sum of IoU.
-
-    As many pairs as the smaller of the two numbers. Returns, for each pair, the numbers of the scene, of the guide's
-    step and of the true digit in its scene, `[3, pairs]`.
-    """
+    """In each scene as many pairs of an inferred and a true box as can be, with the greatest sum of IoU: the numbers of
+    the scene, of the guide's step and of the true digit in its scene, `[3, pairs]`."""
     rows = []
     for i, (inferred, true) in enumerate(zip(seen.counts, scenes.counts)):
         iou = overlap(seen.boxes[i, :inferred, None], scenes.boxes[i, None, :true].astype(float))
@@ -86,8 +83,8 @@ def match(seen: Inference, scenes: Scenes) -> np.ndarray:
 def localisation(seen: Inference, scenes: Scenes) -> dict:
     """The tightest boxes around what is painted in the windows ("ink"), against those of the true ink.
 
-    Means are over pairs, of which there are as many as can be, however far apart: digits without a
-    partner, and objects without one, have no part in them. `pairs_of_iou_50` are those with an IoU of 0.5 or more.
+    Means are over pairs, however far apart: digits without a partner, and objects without one, have no part in them.
+    `pairs_of_iou_50` are those with an IoU of 0.5 or more.
     """
     scene, step, digit = match(seen, scenes)
     ink = painted_boxes(seen.y_att[scene, step], seen.boxes[scene, step])

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -90,7 +91,7 @@ def table(runs: list[Path], step: int | None) -> str:
     lines = [result(run, step) for run in runs]
     heads = [name for name, (key, _) in COLUMNS.items() if all(line[key] is not None for line in lines)]
     keys, forms = zip(*(COLUMNS[name] for name in heads))
-    return with_summary(runs, heads, [[(line[key],) for key in keys] for line in lines], forms)
+    return with_summary(runs, heads, forms, [[(line[key],) for key in keys] for line in lines])
 
 
 def unseen(runs: list[Path]) -> str:
@@ -98,11 +99,10 @@ def unseen(runs: list[Path]) -> str:
     rows = []
     for run in runs:
         checkpoint, path = read_checkpoint(run)
-        digits = load_digits(False, checkpoint["flags"]["data_dir"])
-        counted = more_digits(build_air(checkpoint, path), digits)
+        counted = more_digits(build_air(checkpoint, path), load_digits(False, checkpoint["flags"]["data_dir"]))
         rows.append([(part["count_accuracy"], part["count_accuracy_search"]) for part in counted])
     heads = [f"{part['digits']} digits, T = {part['max_objects']}" for part in counted]
-    return with_summary(runs, heads, rows, ["{:.1%} ({:.1%})"] * len(heads))
+    return with_summary(runs, heads, ["{:.1%} ({:.1%})"] * len(heads), rows)
 
 
 def comparison(folders: list[Path], step: int | None) -> str:
@@ -118,13 +118,12 @@ def seed(run: Path) -> int:
     return int(run.name.removeprefix("seed"))
 
 
-def with_summary(runs: list[Path], heads: list[str], rows: list[list[tuple]], forms: list[str]) -> str:
+def with_summary(runs: list[Path], heads: list[str], forms: list[str], rows: list[list[tuple]]) -> str:
     """A table of numbers, one or several in a cell, by run, with their mean, median and worst."""
     rows = np.array(rows)  # [runs, columns, numbers in a cell]
-    rows = np.concatenate([rows, [rows.mean(0), np.median(rows, 0), rows.min(0)]])
+    rows = [*rows, rows.mean(0), np.median(rows, 0), rows.min(0)]
     names = [*(f"{seed(run)}" for run in runs), "**mean**", "**median**", "**worst**"]
-    cells = [[name, *map(str.format, forms, *row.T)] for name, row in zip(names, rows)]
-    return markdown(["seed", *heads], cells)
+    return markdown(["seed", *heads], [[name, *map(str.format, forms, *row.T)] for name, row in zip(names, rows)])
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
@@ -147,19 +146,16 @@ def main(argv: list[str] | None = None) -> None:
     name = "-".join(["seeds", *(["without", args.without] if args.without else []), *args.flags])
     out = args.out or Path("runs", re.sub(r"\W+", "-", name))
     program = ("benchmarks/without.py", args.without) if args.without else ("main.py",)
-
-    def train(seed: int) -> Path:
-        run = out / f"seed{seed}"
-        train_until(run, ["--seed", seed, "--viz-every", 10**6, "--visdom", "off", *args.flags], step, program)
-        print(f"{run} is done", file=sys.stderr, flush=True)
-        return run
-
     with one_line_errors("seeds.py"):
         if args.compare:
             print(comparison(args.compare, step))
             return
+        runs, flags = [out / f"seed{number}" for number in args.seeds], ["--viz-every", 10**6, "--visdom", "off"]
         with ThreadPoolExecutor(2) as pool:
-            runs = [*pool.map(train, args.seeds)]
+            made = pool.map(
+                lambda run: train_until(run, ["--seed", seed(run), *flags, *args.flags], step, program), runs
+            )
+            list(tqdm(made, total=len(runs)))
         print("Test scenes" if args.whole else f"Validation scenes at step {step}", table(runs, step), sep="\n\n")
         with left_out(args.without):
             print(f"\n{unseen(runs)}" if args.unseen else "")

@@ -112,11 +112,10 @@ def training(x_all, rounds, repeats):
 def inference(x_all, rounds, repeats):
     """Images per second: counting is a run of the guide, "infer" all of `infer`."""
     air = AIR().to(x_all.device).eval()
-    functions = {}
+    functions, guide = {}, torch.no_grad()(air.guide)
     for n in (1, 256):
         x = x_all[:n].float() / 255
-        functions["counting", n] = torch.no_grad()(lambda x=x: air.guide(x))
-        functions["infer", n] = lambda x=x: infer(air, x)
+        functions |= {("counting", n): partial(guide, x), ("infer", n): partial(infer, air, x)}
     print(f"{'inference':>12} {'batch':>9} {'images/s':>9}")
     for (name, n), times in interleaved(functions, rounds, repeats).items():
         print(f"{name:>12} {n:>9} {n / median(times):>9,.0f}")
@@ -124,14 +123,10 @@ def inference(x_all, rounds, repeats):
 
 def growth(device):
     """Milliseconds per step against batch size, canvas and T."""
-    settings = {
-        "batch_size": (32, 64, 128, 256, 512, 1024),
-        "image_size": (50, 75, 100, 150, 200),
-        "max_objects": (1, 2, 3, 4, 6, 8),
-    }
-    for name, values in settings.items():
-        x = {value: images(2048, value if name == "image_size" else 50, device) for value in values}
-        steps = {value: training_step(x[value], **{name: value}) for value in values}
+    settings = [("batch_size", (32, 64, 128, 256, 512, 1024)), ("image_size", (50, 75, 100, 150, 200))]
+    for name, values in [*settings, ("max_objects", (1, 2, 3, 4, 6, 8))]:
+        sizes = values if name == "image_size" else [50] * len(values)
+        steps = {v: training_step(images(2048, size, device), **{name: v}) for v, size in zip(values, sizes)}
         times = {value: 1000 * median(s) for value, s in interleaved(steps, 3, 3).items()}
         print(f"ms per step by {name}:", *(f"  {value}: {time:.0f}" for value, time in times.items()))
 

@@ -36,9 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     air, reference = build_air(checkpoint, path), read_reference(checkpoint, path)
     digits = load_digits(False, checkpoint["flags"]["data_dir"])
     with TemporaryDirectory() as folder:
-        file = Path(folder, "images.npz")
         for name, x in kinds(*digits, air.image_size, args.n, np.random.default_rng(0)):
-            np.savez(file, x=x)
+            np.savez(file := Path(folder, "images.npz"), x=x)
             results = [*predict(air, [file], reference)]
             print(f"{name:<45}{sum('warning' in result for result in results) / len(x):7.1%}", flush=True)
 
