@@ -38,8 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         if name == "left":
             air = trained(file, args.out, [*FLAGS, *args.flags])
             continue
-        (seen,) = predict(air, [file])
-        boxes = np.array(seen["boxes"])
+        boxes = np.array(next(predict(air, [file]))["boxes"])
         print(f"{name}: {score(boxes[:, :2] + boxes[:, 2:] / 2, mask[part])}")
         print(f"{name}, watershed: {score(centres(image[part]), mask[part])}")
 
