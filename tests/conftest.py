@@ -42,6 +42,7 @@ patches.PATIENCE, patches.TOGETHER, patches.SWEEPS = 1, 4, 1
 
 LIMIT = 600  # seconds that an event is waited for, however slow the machine is
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(LIMIT)  # that torchrun gives processes which it tells to stop
+STATE = "parameters", "optimizer", "rng", "step"
 SHORT = ("-n", 6, "-b", 8, "--eval-every", 2, "--visdom", "off")
 
 
@@ -83,40 +84,38 @@ def data_file(digits, tmp_path_factory):
     return path
 
 
-def state(folder) -> dict[str, torch.Tensor]:
-    """All that a run's future depends on, as one flat dictionary."""
-    checkpoint = read_checkpoint(folder)[0]
-    groups, moments = checkpoint["optimizer"]["param_groups"], checkpoint["optimizer"]["state"]
-    flat = {"rng": checkpoint["rng"], "step": torch.tensor(checkpoint["step"]), **checkpoint["parameters"]}
-    flat["running_norm"] = torch.tensor([group["running_norm"] for group in groups])
-    return flat | {f"{name} {i}": value for i, some in moments.items() for name, value in some.items()}
-
-
 def check_same(folder, other, last=0) -> None:
-    """Both runs are at the same step, with the same state, bit for bit, and the same (last) lines of metrics."""
+    """Both runs are at the same step, with all that their future depends on, bit for bit, and the same (last) lines."""
     for line, its in zip(metrics(folder)[-last:], metrics(other)[-last:], strict=True):
         assert line | {"seconds": 0, "steps_per_s": 0} == its | {"seconds": 0, "steps_per_s": 0}
-    expected, actual = state(folder), state(other)
-    assert expected.keys() == actual.keys()
-    assert [name for name, value in expected.items() if not torch.equal(value, actual[name])] == []
+    states = [{name: run[name] for name in STATE} for run in (read_checkpoint(folder)[0], read_checkpoint(other)[0])]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-def call(main, *args) -> subprocess.CompletedProcess:
-    """A script's `main` with these arguments, in this process, which saves the seconds that imports take."""
+def call(main, *args, status=(), error="") -> subprocess.CompletedProcess:
+    """A script's `main` with these arguments, in this process, which saves the seconds that imports take.
+
+    It has to end with one of these statuses; if none is given, with 0, or with 2 and this error in its last line."""
     args = [*map(str, args)]
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main(args)
         except SystemExit as exit:
-            status = exit.code
-    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+            code = exit.code
+    said = err.getvalue()
+    assert code in (status or [2 if error else 0]) and error in said.strip().split("\n")[-1], said
+    return subprocess.CompletedProcess(args, code, out.getvalue(), said)
 
 
 @pytest.fixture(scope="session")
 def run_main(data_file):
     """Call main.py with some flags; it trains on the drawn digits if they name no other data."""
-    return lambda *args: call(main.main, *args, *(() if {"--data", "--load"} & {*args} else ("--data", data_file)))
+
+    def run_main(*args, **expected):
+        return call(main.main, *args, *(() if {"--data", "--load"} & {*args} else ("--data", data_file)), **expected)
+
+    return run_main
 
 
 @pytest.fixture(scope="session")

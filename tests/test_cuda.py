@@ -25,7 +25,7 @@ def test_a_gpu_sees_what_the_cpu_sees(guide, scenes):
 
 @pytest.mark.parametrize("estimator", ["tracegraph", "traceenum"])
 def test_a_run_on_a_gpu_goes_on_on_the_cpu(estimator, run_main, tmp_path):
-    on_gpu = run_main(*SHORT, "--cuda", "--estimator", estimator, "--out", tmp_path / "run")
-    assert on_gpu.returncode == 0 and len(read_checkpoint(tmp_path / "run")[0]["cuda_rng"].flatten()) > 0, on_gpu.stderr
-    on_cpu = run_main("--load", tmp_path / "run", "-n", 9, "--no-cuda")
-    assert on_cpu.returncode == 0 and read_checkpoint(tmp_path / "run")[0]["cuda_rng"] is None, on_cpu.stderr
+    run_main(*SHORT, "--cuda", "--estimator", estimator, "--out", tmp_path / "run")
+    assert len(read_checkpoint(tmp_path / "run")[0]["cuda_rng"].flatten()) > 0
+    run_main("--load", tmp_path / "run", "-n", 9, "--no-cuda")
+    assert read_checkpoint(tmp_path / "run")[0]["cuda_rng"] is None

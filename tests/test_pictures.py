@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 from conftest import LIMIT, metrics, wait_for
-from dashboard_page import complete_page, reserved_port, screenshot, server
+from dashboard_page import complete_page, reserved_port, server
 from PIL import Image
 
 import viz
@@ -48,7 +48,7 @@ def test_a_run_fills_the_dashboard_and_updates_it_in_place(run_main, tmp_path, p
     with server(tmp_path, port, base="/base", user="me", password="se/cr@et"):
         for flags in ((*SHORT, "-n", 2, "--out", run), ("--load", run, "-n", 3)):
             finished = run_main(*flags, "--visdom", url)
-            assert finished.returncode == 0 and "cr@et" not in finished.stderr, finished.stderr
+            assert "cr@et" not in finished.stderr
             seen.append(windows(url))
     assert set(seen[0]) == set(seen[1]) == NAMES and not np.array_equal(seen[0]["curves"], seen[1]["curves"])
     for name, picture in seen[1].items():
@@ -75,7 +75,7 @@ def test_training_survives_its_dashboard(run_main, monkeypatch, tmp_path, port):
     with servers:
         servers.enter_context(server(tmp_path / "at first", port, **login))
         finished = run_main(*SHORT, "-n", 6, "--out", run, "--visdom", url)
-    assert finished.returncode == 0 and "Traceback" not in finished.stderr, finished.stderr
+    assert "Traceback" not in finished.stderr
     assert finished.stderr.count("no visdom server answers") == 3  # for the second and third, and for the last
     assert seen == [{"drawn": 1}, {"drawn": 4}] and np.mean(Image.open(run / "drawn.png")) == 5
     assert [line["step"] for line in metrics(run)] == [2, 4, 6, 6]
@@ -86,9 +86,9 @@ def test_refusals(run_main, monkeypatch, tmp_path, port):
     here = f"127.0.0.1:{port}"
 
     def problem(url: str) -> str:
-        refused = run_main("--visdom", url, "--out", tmp_path / "run")
-        assert refused.returncode == 2 and "cret" not in refused.stderr and refused.stderr.count("\n") == 1
-        return refused.stderr
+        said = run_main("--visdom", url, "--out", tmp_path / "run", error="--visdom: ").stderr
+        assert "cret" not in said and said.count("\n") == 1
+        return said
 
     with server(tmp_path, port, base="/base", user="me", password="se/cret"):
         for login in ("", "me:cret@", "you:se%2Fcret@"):  # visdom 0.2.4 answers 400, 0.3.0 401
@@ -170,7 +170,11 @@ def test_a_browser_shows_it(tmp_path, port):
     url, orange = f"http://127.0.0.1:{port}", np.full((200, 300, 3), [250, 130, 10], np.uint8)
 
     def is_shown():
-        screenshot(f"{url}/env/air", tmp_path / "page.png", "800,600")
+        flags = (
+            "--headless --no-sandbox --disable-gpu --virtual-time-budget=30000 --run-all-compositor-stages-before-draw"
+        )
+        where = f"--screenshot={tmp_path}/page.png", "--window-size=800,600", f"--user-data-dir={tmp_path}/profile"
+        subprocess.run(["chromium", *flags.split(), *where, f"{url}/env/air"], check=True, capture_output=True)
         page = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"), int)
         return (np.abs(page - orange[0, 0]).max(-1) < 3).sum() > 5000
 
