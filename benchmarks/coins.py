@@ -18,6 +18,7 @@ from skimage.data import coins
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import viz
+from air import AIR
 from predict import predict
 from training.checkpoint import load_air
 
@@ -25,20 +26,29 @@ FLAGS = "--crop 120 -t 5 -n 600 --eval-every 300".split()
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Learn to count the coins in a photograph.", allow_abbrev=False)
-    parser.add_argument("out", type=Path, help="the folder of the run")
-    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of main.py")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     whole, half = args.out.with_name("coins.png"), args.out.with_name("coins_right_half.png")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(coins()).save(whole)
     Image.fromarray(coins()[:, 192:]).save(half)
-    if not (args.out / "checkpoint.pt").exists():
-        flags = map(str, ["--data", half, "--out", args.out, *FLAGS, *args.flags])
-        subprocess.run([sys.executable, Path(__file__).parents[1] / "main.py", *flags], check=True)
-    (seen,) = predict(load_air(args.out), [whole])
+    (seen,) = predict(trained(half, args.out, [*FLAGS, *args.flags]), [whole])
     print(f"{seen['count']} coins; 24 are there. The photograph was scaled by {seen['scale']}")
     Image.fromarray(viz.draw_boxes(coins() / 255, seen["boxes"])).save(args.out / "coins.png")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Learn to count what is in a picture.", allow_abbrev=False)
+    parser.add_argument("out", type=Path, help="the folder of the run")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of main.py")
+    return parser.parse_args(argv)
+
+
+def trained(images: Path, out: Path, flags: list[str]) -> AIR:
+    """The AIR of the run in the folder `out`, which is made if it is not there."""
+    if not (out / "checkpoint.pt").exists():
+        main_py = Path(__file__).parents[1] / "main.py"
+        subprocess.run([sys.executable, main_py, "--data", images, "--out", out, *flags], check=True)
+    return load_air(out)
 
 
 if __name__ == "__main__":

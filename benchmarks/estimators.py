@@ -59,7 +59,6 @@ def make(name: str, seed: int = 0, rate: float = 2e-3) -> tuple[AIR, SVI]:
     pyro.set_rng_seed(seed)
     pyro.clear_param_store()
     air = kind(guide="rnn", baseline=baseline, count_ratio=math.exp(-6))
-    air.exploration = 0.0
     adam = pyro.optim.Adam(lambda name: {"lr": 1e-2 if "baseline" in name else rate})
     guide = config_enumerate(air.guide) if elbo is TraceEnum_ELBO else air.guide
     return air, SVI(air.model, guide, adam, elbo(max_plate_nesting=1))

@@ -1,7 +1,6 @@
 """Digits by the dozen, and of other sizes: what a run counts that learned from two on canvases of 50 pixels.
 
-    python benchmarks/many.py runs/NAME              # how often it is right
-    python benchmarks/many.py runs/NAME --time FILE  # how long it takes, as a table and a picture
+    python benchmarks/many.py runs/NAME
 
 Scenes of MNIST's test digits, put down one after another, each anew until no pixel exceeds white. Digits of other sizes
 are looked at in two ways: each image at its own scale, and all at the same (`predict.py --object-size file`).
@@ -14,14 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from seeds import markdown
-
-import viz
 from evaluation import find_at_scale
 from images import piece_lengths, to_canvas
 from multi_mnist import compose, load_digits, paint
@@ -30,37 +24,29 @@ from predict import UNSURE
 from training.checkpoint import build_air, read_checkpoint, read_reference
 
 SCENES = (10, 128), (15, 128), (30, 256), (100, 512)  # digits, and pixels of the canvas
+EACH = 50  # scenes of each kind; five times as many of each size
 SIZES = 0.5, 0.7, 1.0, 1.4, 1.8  # of the usual
-CANVASES, OBJECTS = (64, 128, 256, 512, 1024, 2048), (1, 10, 100, 300)  # whose time is measured
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="a run's folder or checkpoint")
-    add = parser.add_argument
-    add("-n", "--scenes", type=int, default=50, help="of many digits, of each kind (default: %(default)s)")
-    add("--sizes", type=int, default=250, help="scenes of each size (default: %(default)s)")
-    add("--time", type=Path, metavar="FILE", help="measure time instead, and draw it")
-    add("--data-dir", type=Path, default=Path("data"), help="where MNIST is kept (default: data)")
+    parser.add_argument("run", type=Path, help="the folder of a run")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     checkpoint, path = read_checkpoint(args.run)
-    air, digits = build_air(checkpoint, path), load_digits(False, args.data_dir)
-    if args.time:
-        Image.fromarray(measure_time(air, digits[0])).save(args.time)
-        return
+    air, digits = build_air(checkpoint, path), load_digits(False, checkpoint["flags"]["data_dir"])
     for count, size in SCENES:
-        x = [many(digits[0], count, size, np.random.default_rng([i, size])) for i in range(args.scenes)]
+        x = [many(digits[0], count, size, np.random.default_rng([i, size])) for i in range(EACH)]
         started = time.process_time()
         off = np.array([found.count for found in find(air, x)]) - count
-        seconds = (time.process_time() - started) / args.scenes
+        seconds = (time.process_time() - started) / EACH
         text = f"{np.mean(off == 0):.0%} right, mean error {np.abs(off).mean():.2f}, {seconds:.2f} s of CPU each"
         print(f"{count} digits, {size}x{size}: {text}", flush=True)
-    reference = read_reference(checkpoint, path)  # None, if the run is not finished
-    temperature = (reference and reference.temperature) or 1.0
+    reference = read_reference(checkpoint, path)
+    temperature = (reference and reference.temperature) or 1.0  # None, if the run is not finished
     for size in SIZES:
         shrink = (1.3 / size, 0.1 / size)
-        scenes = compose(*digits, args.sizes, np.random.default_rng(1), canvas_size=64, shrink=shrink)
+        scenes = compose(*digits, 5 * EACH, np.random.default_rng(1), canvas_size=64, shrink=shrink)
         canvases = [to_canvas(image) for image in scenes.x]
         seen = find_at_scale(air, canvases, [None] * len(canvases))
         right = np.array([found.count for found, *_ in seen]) == scenes.counts
@@ -82,28 +68,6 @@ def many(digits: np.ndarray, count: int, size: int, rng: np.random.Generator) ->
         if (x + one).max() <= 255:
             x, count = x + one, count - 1
     return x.astype(np.uint8)
-
-
-def measure_time(air, digits: np.ndarray) -> np.ndarray:
-    """Seconds of one image alone, by its size and number of objects: prints a table, and draws it."""
-    figure = Figure(figsize=(5, 3.4), dpi=viz.DPI, layout="tight")
-    axis = figure.subplots()
-    find(air, [many(digits, 1, 64, np.random.default_rng(0))])  # The first call takes longer.
-    print(markdown(["canvas", *(f"{count} objects" for count in OBJECTS)], []))
-    for size in CANVASES:
-        seconds = []
-        for count in (count for count in OBJECTS if count <= max(1, (size / 40) ** 2)):  # as many as fit
-            x = many(digits, count, size, np.random.default_rng(0))
-            started = time.process_time()
-            find(air, [x])
-            seconds.append(time.process_time() - started)
-        cells = [f"{value:.1f} s" for value in seconds] + ["-"] * (len(OBJECTS) - len(seconds))
-        print(f"| {size}x{size} | {' | '.join(cells)} |", flush=True)
-        axis.loglog(OBJECTS[: len(seconds)], seconds, ".-")
-    axis.legend(axis.lines, [f"{size}x{size}" for size in CANVASES], fontsize=8)
-    axis.set(xlabel="objects", ylabel="seconds of CPU, one image alone")
-    axis.grid(alpha=0.3)
-    return viz.render(figure)
 
 
 if __name__ == "__main__":

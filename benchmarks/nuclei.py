@@ -6,11 +6,8 @@
 The micrograph of 512x512 pixels, of the 2018 Data Science Bowl, and its annotation are in the wheel of the package
 `stardist`: pip downloads it, and two files are read out of it. A nucleus is found if the centre of a window lies in it.
 Beside it is what a user of scikit-image would do first: Otsu's threshold, a distance transform, and a watershed.
-Leaves `nuclei.png` in the folder of the run: the right half, with the windows, and the annotation in green.
 """
 
-import argparse
-import hashlib
 import subprocess
 import sys
 import zipfile
@@ -18,63 +15,42 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from PIL import Image
 from scipy import ndimage
 from skimage.feature import peak_local_max
 from skimage.filters import gaussian, threshold_otsu
-from skimage.segmentation import find_boundaries, watershed
+from skimage.segmentation import watershed
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import viz
-from predict import predict
-from training.checkpoint import load_air
+from coins import parse, trained
 
-WHEEL = "stardist==0.9.2"
-SHA256 = {
-    "img2d": "f9ccc1571b92c861ff87e28463068b43f61bd47357ed0503f711e5cd1eb97750",
-    "mask2d": "59ad5e820b7982ca9d13e946fa6e7f64e2714899e00a2ae6c69aa79aad53d46f",
-}
+from predict import predict
+
+WHEEL, DATA = "stardist==0.9.2", Path("data")  # where the micrograph is kept
 FLAGS = "--crop 64 --object-size 24 -t 6 -n 500 --eval-every 250".split()
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Learn to count the nuclei in a micrograph.", allow_abbrev=False)
-    parser.add_argument("out", type=Path, help="the folder of the run")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the micrograph is kept")
-    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of main.py")
-    args = parser.parse_args(argv)
-    image, mask = (fetch(args.data_dir, name) for name in SHA256)
-    parts = {"left": slice(256), "right": slice(256, None), "whole": slice(None)}
-    files = {name: args.data_dir / f"nuclei_{name}.tif" for name in parts}
-    for name, part in parts.items():
-        tifffile.imwrite(files[name], image[:, part])
-    if not (args.out / "checkpoint.pt").exists():
-        flags = map(str, ["--data", files["left"], "--out", args.out, *FLAGS, *args.flags])
-        subprocess.run([sys.executable, Path(__file__).parents[1] / "main.py", *flags], check=True)
-    air = load_air(args.out)
-    for name in ("right", "whole"):
-        (seen,), true = predict(air, [files[name]]), mask[:, parts[name]]
-        boxes = np.array(seen["boxes"])
-        print(f"{name}: {score(boxes[:, :2] + boxes[:, 2:] / 2, true)}")
-        print(f"{name}, watershed: {score(centres(image[:, parts[name]]), true)}")
-        if name == "right":
-            picture = viz.draw_boxes(np.kron(image[:, 256:] / 110, np.ones((2, 2))).clip(0, 1), 2 * boxes).copy()
-            picture[np.kron(find_boundaries(true, mode="inner"), np.ones((2, 2))) > 0] = (0, 120, 0)
-            Image.fromarray(picture).save(args.out / "nuclei.png")
+    args = parse(argv)
+    image, mask = fetch("img2d"), fetch("mask2d")
+    for name, part in {"left": np.s_[:, :256], "right": np.s_[:, 256:], "whole": np.s_[:]}.items():
+        tifffile.imwrite(file := DATA / f"nuclei_{name}.tif", image[part])
+        if name == "left":
+            air = trained(file, args.out, [*FLAGS, *args.flags])
+            continue
+        boxes = np.array(next(predict(air, [file]))["boxes"])
+        print(f"{name}: {score(boxes[:, :2] + boxes[:, 2:] / 2, mask[part])}")
+        print(f"{name}, watershed: {score(centres(image[part]), mask[part])}")
 
 
-def fetch(folder: Path, name: str) -> np.ndarray:
-    """One of the two images `[512, 512]`, from the folder or from the wheel."""
-    path = folder / f"{name}.tif"
+def fetch(name: str) -> np.ndarray:
+    """One of the two images `[512, 512]`, from where they are kept or from the wheel."""
+    path = DATA / f"{name}.tif"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), WHEEL]
+        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(DATA), WHEEL]
         subprocess.run([sys.executable, "-m", "pip", "download", *options], check=True)
-        with zipfile.ZipFile(next(folder.glob("stardist-*.whl"))) as wheel:
+        with zipfile.ZipFile(next(DATA.glob("stardist-*.whl"))) as wheel:
             path.write_bytes(wheel.read(f"stardist/data/images/{name}.tif"))
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[name]:
-        raise SystemExit(f"{path} is not the file that was checked")
     return tifffile.imread(path)
 
 

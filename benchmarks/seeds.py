@@ -4,7 +4,7 @@
     python benchmarks/seeds.py --at 1000 -- --guide rnn          # to step 1,000; what follows -- is for main.py
     python benchmarks/seeds.py --whole --seeds 0 1 2             # whole runs, evaluated on the test scenes
     python benchmarks/seeds.py --whole --seeds 0 1 2 --unseen    # and how they count three, four and five digits
-    python benchmarks/seeds.py --without exploration             # without a part of the method, see without.py
+    python benchmarks/seeds.py --without peak                    # without a part of the method, see without.py
     python benchmarks/seeds.py --compare runs/seeds runs/seeds-without-*     # trains nothing: a row for each folder
 
 Each run has the schedules of a whole one; it is stopped at the first evaluation at that step or later. Runs that
@@ -22,7 +22,9 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, median
+
+import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -35,6 +37,7 @@ from training.options import UsageError, one_line_errors
 from training.run import read_metrics
 
 ROOT = Path(__file__).parent.parent
+# Of a line of metrics.jsonl; "early" is of the validation scenes at step 500.
 COLUMNS = {
     "one sample": ("count_accuracy", "{:.2%}"),
     "search": ("count_accuracy_search", "{:.2%}"),
@@ -75,46 +78,38 @@ def train_until(folder: Path, flags: list, step: int | None = None, program: tup
 
 def result(run: Path, step: int | None) -> dict:
     """Of metrics.jsonl, the line of a run's first evaluation at `step` or later; None: of its end, with "early"."""
-    lines = read_metrics(run)
-    split, least = ("test", 0) if step is None else ("validation", step)
-    found = [line for line in lines if line["split"] == split and line["step"] >= least]
+    lines, split = read_metrics(run), "test" if step is None else "validation"
+    found = [line for line in lines if line["split"] == split and line["step"] >= (step or 0)]
     if not found:
-        raise UsageError(f"{run} is not a finished run" if step is None else f"{run} has no evaluation at step {step}")
-    early = [line["count_accuracy"] for line in lines if (line["split"], line["step"]) == ("validation", 500)]
-    return found[0] | {"early": early[0] if early and step is None else None}
+        raise UsageError(f"{run} has no evaluation at step {step}" if step else f"{run} is not a finished run")
+    early = [line["count_accuracy"] for line in lines if line["step"] == 500 and step is None]
+    return found[0] | {"early": early[0] if early else None}
 
 
 def table(runs: list[Path], step: int | None) -> str:
     """A row for each run, and what they come to. A column for what was measured in all of them."""
-    lines = {seed(run): result(run, step) for run in runs}
-    heads = [name for name, (key, _) in COLUMNS.items() if all(line[key] is not None for line in lines.values())]
+    lines = [result(run, step) for run in runs]
+    heads = [name for name, (key, _) in COLUMNS.items() if all(line[key] is not None for line in lines)]
     keys, forms = zip(*(COLUMNS[name] for name in heads))
-    rows = {f"{seed}": [(line[key],) for key in keys] for seed, line in lines.items()}
-    return with_summary(["seed", *heads], rows, forms)
+    return with_summary(runs, heads, forms, [[(line[key],) for key in keys] for line in lines])
 
 
 def unseen(runs: list[Path]) -> str:
     """More digits than in training: the share of 1,000 scenes each that one sample of the guide (the search) counts."""
-    rows = {}
+    rows = []
     for run in runs:
         checkpoint, path = read_checkpoint(run)
-        digits, classes = load_digits(False, checkpoint["flags"]["data_dir"])
-        counted = [counted for _, counted, _ in more_digits(build_air(checkpoint, path), digits, classes, 8, None)]
-        rows[f"{seed(run)}"] = [(part["count_accuracy"], part["count_accuracy_search"]) for part in counted]
-        heads = [f"{part['digits']} digits, T = {part['max_objects']}" for part in counted]
-    return with_summary(["seed", *heads], rows, ["{:.1%} ({:.1%})"] * len(heads))
+        counted = more_digits(build_air(checkpoint, path), load_digits(False, checkpoint["flags"]["data_dir"]))
+        rows.append([(part["count_accuracy"], part["count_accuracy_search"]) for part in counted])
+    heads = [f"{part['digits']} digits, T = {part['max_objects']}" for part in counted]
+    return with_summary(runs, heads, ["{:.1%} ({:.1%})"] * len(heads), rows)
 
 
 def comparison(folders: list[Path], step: int | None) -> str:
     """A row for each folder of runs: by one sample of the guide; of whole runs also by the search, in brackets."""
-    rows = []
+    rows, form = [], "{count_accuracy:.1%}" if step else "{count_accuracy:.2%} ({count_accuracy_search:.2%})"
     for folder in folders:
         lines = [result(run, step) for run in sorted(folder.glob("seed*/"), key=seed)]
-        if not lines or step is not None and {line["step"] for line in lines} != {step}:
-            raise UsageError(f"{folder} has no runs" + (f" that were all evaluated at step {step}" if step else ""))
-        form = "{count_accuracy:.1%}" if step else "{count_accuracy:.2%}"
-        if all(line["count_accuracy_search"] is not None for line in lines):
-            form += " ({count_accuracy_search:.2%})"
         rows.append([folder.name, *(", ".join(each.format(**line) for line in lines) for each in (form, "{elbo:.1f}"))])
     return markdown(["runs", "accuracy", "ELBO, nats"], rows)
 
@@ -123,14 +118,12 @@ def seed(run: Path) -> int:
     return int(run.name.removeprefix("seed"))
 
 
-def with_summary(heads: list[str], rows: dict[str, list[tuple]], forms: list[str]) -> str:
-    """A table of numbers, one or several in a cell, with their mean, median and worst."""
-    summary = {
-        f"**{name}**": [tuple(map(of, zip(*column))) for column in zip(*rows.values())]
-        for name, of in (("mean", mean), ("median", median), ("worst", min))
-    }
-    cells = [[name, *(form.format(*cell) for form, cell in zip(forms, row))] for name, row in (rows | summary).items()]
-    return markdown(heads, cells)
+def with_summary(runs: list[Path], heads: list[str], forms: list[str], rows: list[list[tuple]]) -> str:
+    """A table of numbers, one or several in a cell, by run, with their mean, median and worst."""
+    rows = np.array(rows)  # [runs, columns, numbers in a cell]
+    rows = [*rows, rows.mean(0), np.median(rows, 0), rows.min(0)]
+    names = [*(f"{seed(run)}" for run in runs), "**mean**", "**median**", "**worst**"]
+    return markdown(["seed", *heads], [[name, *map(str.format, forms, *row.T)] for name, row in zip(names, rows)])
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
@@ -153,24 +146,19 @@ def main(argv: list[str] | None = None) -> None:
     name = "-".join(["seeds", *(["without", args.without] if args.without else []), *args.flags])
     out = args.out or Path("runs", re.sub(r"\W+", "-", name))
     program = ("benchmarks/without.py", args.without) if args.without else ("main.py",)
-
-    def train(seed: int) -> Path:
-        run = out / f"seed{seed}"
-        train_until(run, ["--seed", seed, "--viz-every", 10**6, "--visdom", "off", *args.flags], step, program)
-        line = result(run, step)
-        print(f"seed {seed}: {line['elbo']:.1f} nats after {line['seconds']:.0f} s", file=sys.stderr, flush=True)
-        return run
-
     with one_line_errors("seeds.py"):
         if args.compare:
             print(comparison(args.compare, step))
             return
+        runs, flags = [out / f"seed{number}" for number in args.seeds], ["--viz-every", 10**6, "--visdom", "off"]
         with ThreadPoolExecutor(2) as pool:
-            runs = list(pool.map(train, args.seeds))
+            made = pool.map(
+                lambda run: train_until(run, ["--seed", seed(run), *flags, *args.flags], step, program), runs
+            )
+            list(tqdm(made, total=len(runs)))
         print("Test scenes" if args.whole else f"Validation scenes at step {step}", table(runs, step), sep="\n\n")
-        if args.unseen:
-            with left_out(args.without):
-                print(f"\n{unseen(runs)}")
+        with left_out(args.without):
+            print(f"\n{unseen(runs)}" if args.unseen else "")
 
 
 if __name__ == "__main__":

@@ -15,27 +15,27 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import pyro
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from air import AIR
-from inference import explain, infer
+from inference import infer
 from training.svi import make_svi
 
 ROOT = Path(__file__).parent.parent
 VERSIONS = [(guide, estimator) for guide in ("residual", "rnn") for estimator in ("tracegraph", "traceenum")]
 
 
-def training_step(x_all, batch_size, guide="residual", estimator="tracegraph", **sizes):
+def training_step(x_all, batch_size=128, guide="residual", estimator="tracegraph", **sizes):
     """A function that takes a training step, on the device that the images `x_all` are on."""
     air = AIR(guide=guide, baseline="rnn" if estimator == "tracegraph" else "none", **sizes).to(x_all.device)
     svi, _ = make_svi(air, estimator)
@@ -53,15 +53,13 @@ class MatrixProducts(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.products, self.multiply_adds = [], 0
+        self.products = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
         if operation._overloadpacket in flop_registry:
-            self.multiply_adds += flop_registry[operation._overloadpacket](*args, out_val=result) // 2
             # Only what the tensors look like: they themselves would be kept.
             self.products.append((operation, [on(arg, "meta") for arg in args]))
-        return result
+        return operation(*args, **(kwargs or {}))
 
     def replay(self, device):
         """A function that does nothing but these products, on numbers of its own."""
@@ -82,84 +80,61 @@ def on(arg, device):
     return torch.randn(size, device=device).as_strided(arg.shape, arg.stride())
 
 
-def copying(parameters, device):
-    """A function that moves as many bytes as Adam must for so many parameters: 28 for each."""
-    source, target = torch.ones(2, 7 * parameters // 2, device=device)  # Copying reads and writes 4 bytes a number.
-    return lambda: target.copy_(source)
-
-
 def interleaved(functions, rounds, repeats):
     """Seconds per call of each function, one number a round; the functions take turns."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    seconds = {name: [] for name in functions}
-    for round in range(rounds + 1):
-        for name, function in functions.items():
-            wait()
-            started = time.perf_counter()
-            for _ in range(repeats):
-                function()
-            wait()
-            if round:  # The first one warms up.
-                seconds[name].append((time.perf_counter() - started) / repeats)
-    return seconds
+    threads = torch.get_num_threads()
+    timers = [Timer("call()", globals={"call": call}, num_threads=threads) for call in functions.values()]
+    seconds = [[timer.timeit(repeats).mean for timer in timers] for _ in range(rounds)]
+    return dict(zip(functions, zip(*seconds)))
 
 
-def training(x_all, batch_size, rounds, repeats):
+def training(x_all, rounds, repeats):
     """A table of the versions and their floors."""
-    functions, work = {}, {}
+    functions = {}
     for version in VERSIONS:
-        step = functions[version] = training_step(x_all, batch_size, *version)
+        step = functions[version] = training_step(x_all, 128, *version)
         step()
-        with MatrixProducts() as work[version]:
+        with MatrixProducts() as products:
             step()
-        functions[version, "products"] = work[version].replay(x_all.device)
-        functions[version, "copy"] = copying(step.parameters, x_all.device)
+        functions[version, "products"] = products.replay(x_all.device)
+        # Adam moves 28 bytes for each parameter; copying reads and writes 4 bytes a number.
+        source, target = torch.ones(2, 7 * step.parameters // 2, device=x_all.device)
+        functions[version, "copy"] = partial(target.copy_, source)
     seconds = interleaved(functions, rounds, repeats)
-    print(f"{'version':>21} {'ms/step':>8} {'steps/s':>8} {'floor, ms':>10} {'x floor':>8}   the floor's parts")
+    print(f"{'version':>21} {'ms/step':>8} {'steps/s':>8} {'floor, ms':>10} {'x floor':>8}")
     for version in VERSIONS:
         step, products, copy = seconds[version], seconds[version, "products"], seconds[version, "copy"]
         ratio = median(s / (p + c) for s, p, c in zip(step, products, copy))
-        floor, name = 1000 * (median(products) + median(copy)), " ".join(version)
-        print(
-            f"{name:>21} {1000 * median(step):>8.1f} {1 / median(step):>8.1f} {floor:>10.1f} {ratio:>8.2f}"
-            f"   {len(work[version].products)} matrix products, {work[version].multiply_adds / 1e6:,.0f} million"
-            f" multiply-adds; {28 * functions[version].parameters / 1e6:,.0f} MB for Adam"
-        )
+        ms, floor = 1000 * median(step), 1000 * (median(products) + median(copy))
+        print(f"{' '.join(version):>21} {ms:>8.1f} {1000 / ms:>8.1f} {floor:>10.1f} {ratio:>8.2f}")
 
 
 def inference(x_all, rounds, repeats):
-    """Images per second: counting is a run of the guide, "infer" all of `infer`, "predict" what predict.py does."""
+    """Images per second: counting is a run of the guide, "infer" all of `infer`."""
     air = AIR().to(x_all.device).eval()
-    functions = {("predict", 32): lambda: explain(air, x_all[:32])}
+    functions, guide = {}, torch.no_grad()(air.guide)
     for n in (1, 256):
         x = x_all[:n].float() / 255
-        functions["counting", n] = torch.no_grad()(lambda x=x: air.guide(x))
-        functions["infer", n] = lambda x=x: infer(air, x)
+        functions |= {("counting", n): partial(guide, x), ("infer", n): partial(infer, air, x)}
     print(f"{'inference':>12} {'batch':>9} {'images/s':>9}")
     for (name, n), times in interleaved(functions, rounds, repeats).items():
         print(f"{name:>12} {n:>9} {n / median(times):>9,.0f}")
 
 
 def growth(device):
-    """Milliseconds per step against batch size, canvas and T, and the exponent of a power law through them."""
-    default = {"batch size": 128, "canvas": 50, "T": 3}
-    settings = [(32, 64, 128, 256, 512, 1024), (50, 75, 100, 150, 200), (1, 2, 3, 4, 6, 8)]
-    for name, values in zip(default, settings):
-        steps = {}
-        for value in values:
-            batch_size, size, max_objects = (default | {name: value}).values()
-            x = images(2048, size, device)
-            steps[value] = training_step(x, batch_size, max_objects=max_objects, image_size=size)
+    """Milliseconds per step against batch size, canvas and T."""
+    settings = [("batch_size", (32, 64, 128, 256, 512, 1024)), ("image_size", (50, 75, 100, 150, 200))]
+    for name, values in [*settings, ("max_objects", (1, 2, 3, 4, 6, 8))]:
+        sizes = values if name == "image_size" else [50] * len(values)
+        steps = {v: training_step(images(2048, size, device), **{name: v}) for v, size in zip(values, sizes)}
         times = {value: 1000 * median(s) for value, s in interleaved(steps, 3, 3).items()}
-        slope = np.polyfit(np.log(values), np.log(list(times.values())), 1)[0]
-        cells = "  ".join(f"{value}: {time:.0f}" for value, time in times.items())
-        print(f"ms per step by {name}:  {cells}   exponent {slope:.2f}")
+        print(f"ms per step by {name}:", *(f"  {value}: {time:.0f}" for value, time in times.items()))
 
 
-def memory(data_dir):
+def memory():
     """Peak memory of a run of main.py: 20 steps and an evaluation, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "main.py", "-n", "20", "--data-dir", data_dir, "--out", f"{folder}/run"]
+        command = [sys.executable, ROOT / "main.py", "-n", "20", "--data-dir", ROOT / "data", "--out", f"{folder}/run"]
         subprocess.run(command, check=True, capture_output=True)
     print(f"peak memory of a run: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GiB")
 
@@ -171,24 +146,21 @@ def images(n, size, device):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="How fast AIR trains and infers.", allow_abbrev=False)
-    parser.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="times the versions take turns (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="steps a turn (default: %(default)s)")
     parser.add_argument("--cuda", action="store_true", help="on the GPU")
     parser.add_argument("--all", action="store_true", help="also inference, memory and growth; takes some minutes")
-    parser.add_argument("--data-dir", default=ROOT / "data", help="where MNIST is kept, for --all (default: data)")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if args.cuda else "cpu")
     if args.all:
-        memory(args.data_dir)  # First, while this process is small: a child counts from its parent's size.
+        memory()  # First, while this process is small: a child counts from its parent's size.
     pyro.set_rng_seed(0)
     pyro.enable_validation(False)
     x_all = images(60_000, 50, device)
     where = torch.cuda.get_device_name() if args.cuda else f"{torch.get_num_threads()} threads"
-    print(f"batch {args.batch_size}, {where}, medians over {args.rounds} rounds of {args.steps} steps in turn")
-    training(x_all, args.batch_size, args.rounds, args.steps)
+    print(f"batch 128, {where}, medians over {args.rounds} rounds of 10 steps in turn")
+    training(x_all, args.rounds, 10)
     if args.all:
-        inference(x_all, args.rounds, args.steps)
+        inference(x_all, args.rounds, 10)
         growth(device)
 
 

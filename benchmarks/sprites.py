@@ -17,14 +17,11 @@ FINER = 4  # Drawn so many times as large, for soft edges.
 
 
 def scene(count: int, rng: np.random.Generator, size: int = 64, widths: tuple[int, int] = (12, 20)) -> np.ndarray:
-    """Raises ValueError if the shapes do not fit."""
-    image = Image.new("L", (size * FINER, size * FINER))
-    boxes = []
     for attempt in range(10_000):
+        if attempt % 1000 == 0:  # If these are not the first, those left no room.
+            image, boxes = Image.new("L", (size * FINER, size * FINER)), []
         if len(boxes) == count:
             return np.asarray(image.resize((size, size), Image.Resampling.BOX))
-        if attempt % 1000 == 999:  # The first ones left no room.
-            image, boxes = Image.new("L", image.size), []
         width = rng.uniform(*widths)
         corner = rng.uniform(0, size - width, size=2)
         if any(np.abs(corner + width / 2 - other - w / 2).max() < (width + w) / 2 for other, w in boxes):
@@ -36,7 +33,7 @@ def scene(count: int, rng: np.random.Generator, size: int = 64, widths: tuple[in
         shapes = (draw.rectangle, box), (draw.ellipse, box), (draw.polygon, triangle)
         shape, where = shapes[rng.integers(3)]
         shape(where, fill=fill)
-    raise ValueError(f"{count} shapes do not fit on a canvas of {size} pixels")
+    raise SystemExit(f"{count} shapes do not fit on a canvas of {size} pixels")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,19 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", **pair, default=(12, 20), help="in pixels (default: 12 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
     args = parser.parse_args(argv)
-    least, most = args.shapes
-    if args.file.suffix != ".npz" or args.n < 1 or not 0 <= least <= most:
-        parser.error("expected a file that ends in .npz, at least one scene, and LEAST at most MOST")
-    if not 1 <= args.width[0] <= args.width[1] <= args.canvas:
-        parser.error("expected widths of at least 1 pixel, LEAST at most MOST, at most the canvas's")
     if args.file.exists():
         parser.error(f"{args.file} already exists")
-    rng = np.random.default_rng(args.seed)
+    rng, (least, most) = np.random.default_rng(args.seed), args.shapes
     counts = rng.integers(least, most + 1, size=args.n)
-    try:
-        x = np.stack([scene(count, rng, args.canvas, args.width) for count in counts])
-    except ValueError as error:
-        parser.error(f"{error}")
+    x = np.stack([scene(count, rng, args.canvas, args.width) for count in counts])
     np.savez_compressed(args.file, x=x, counts=counts)
     print(f"{args.file}: {len(x):,} scenes of {args.canvas}x{args.canvas} pixels with {least} to {most} shapes")
 

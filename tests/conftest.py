@@ -22,22 +22,27 @@ os.environ.pop("PYTHONUNBUFFERED", None)  # With it, what cannot be written is f
 torch.set_num_threads(1)
 # A suite that a script has put into the background was told to ignore Ctrl-C; the runs that it interrupts must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+PATHS = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+sys.path[:0] = PATHS
 
+import evaluation  # noqa: E402
 import inference  # noqa: E402
 import main  # noqa: E402
 import multi_mnist  # noqa: E402
 import patches  # noqa: E402
+import training.run  # noqa: E402
 import training.svi  # noqa: E402
 from training.checkpoint import read_checkpoint  # noqa: E402
 from training.run import read_metrics as metrics  # noqa: E402
 
 # The search finds little in what was hardly trained, and few images are looked at.
+evaluation.recombine.__defaults__ = 12, 5, 0
 inference.PATIENCE, inference.TOGETHER = 1, 4
 patches.PATIENCE, patches.TOGETHER, patches.SWEEPS = 1, 4, 1
 
 LIMIT = 600  # seconds that an event is waited for, however slow the machine is
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(LIMIT)  # that torchrun gives processes which it tells to stop
+STATE = "parameters", "optimizer", "rng", "step"
 SHORT = ("-n", 6, "-b", 8, "--eval-every", 2, "--visdom", "off")
 
 
@@ -72,46 +77,45 @@ def x(scenes):
 
 @pytest.fixture(scope="session")
 def data_file(digits, tmp_path_factory):
-    """640 scenes of drawn digits with their counts: 576 to train on, 64 held out."""
+    """160 scenes of drawn digits with their counts: 144 to train on, 16 held out."""
     path = tmp_path_factory.mktemp("data") / "scenes.npz"
-    scenes = multi_mnist.compose(*digits, n=640, rng=np.random.default_rng(0))
+    scenes = multi_mnist.compose(*digits, n=160, rng=np.random.default_rng(0))
     np.savez(path, x=scenes.x, counts=scenes.counts)
     return path
 
 
-def state(folder) -> dict[str, torch.Tensor]:
-    """All that a run's future depends on, as one flat dictionary."""
-    checkpoint = read_checkpoint(folder)[0]
-    moments = checkpoint["optimizer"]["state"]
-    flat = {"rng": checkpoint["rng"], "step": torch.tensor(checkpoint["step"]), **checkpoint["parameters"]}
-    return flat | {f"{name} {i}": value for i, some in moments.items() for name, value in some.items()}
-
-
 def check_same(folder, other, last=0) -> None:
-    """Both runs are at the same step, with the same state, bit for bit, and the same (last) lines of metrics."""
+    """Both runs are at the same step, with all that their future depends on, bit for bit, and the same (last) lines."""
     for line, its in zip(metrics(folder)[-last:], metrics(other)[-last:], strict=True):
         assert line | {"seconds": 0, "steps_per_s": 0} == its | {"seconds": 0, "steps_per_s": 0}
-    expected, actual = state(folder), state(other)
-    assert expected.keys() == actual.keys()
-    assert [name for name, value in expected.items() if not torch.equal(value, actual[name])] == []
+    states = [{name: run[name] for name in STATE} for run in (read_checkpoint(folder)[0], read_checkpoint(other)[0])]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-def call(main, *args) -> subprocess.CompletedProcess:
-    """A script's `main` with these arguments, in this process, which saves the seconds that imports take."""
+def call(main, *args, status=(), error="") -> subprocess.CompletedProcess:
+    """A script's `main` with these arguments, in this process, which saves the seconds that imports take.
+
+    It has to end with one of these statuses; if none is given, with 0, or with 2 and this error in its last line."""
     args = [*map(str, args)]
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main(args)
         except SystemExit as exit:
-            status = exit.code
-    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+            code = exit.code
+    said = err.getvalue()
+    assert code in (status or [2 if error else 0]) and error in said.strip().split("\n")[-1], said
+    return subprocess.CompletedProcess(args, code, out.getvalue(), said)
 
 
 @pytest.fixture(scope="session")
 def run_main(data_file):
     """Call main.py with some flags; it trains on the drawn digits if they name no other data."""
-    return lambda *args: call(main.main, *args, *(() if {"--data", "--load"} & {*args} else ("--data", data_file)))
+
+    def run_main(*args, **expected):
+        return call(main.main, *args, *(() if {"--data", "--load"} & {*args} else ("--data", data_file)), **expected)
+
+    return run_main
 
 
 @pytest.fixture(scope="session")
@@ -123,41 +127,32 @@ def run(tmp_path_factory, run_main):
 
 @pytest.fixture
 def start(data_file):
-    """Start main.py, or another script, in a process of its own, and leave it running."""
+    """Start main.py in a process of its own, with some code before it if there is any, and leave it running."""
     runs = []
 
-    def start(*args, script=ROOT / "main.py", launcher=(), **options):
-        args = [*map(str, args)]
-        if "--load" not in args:
-            args += ["--data", str(data_file)]
-        command = [sys.executable, *launcher, str(script), *args]
+    def start(*args, code=None, launcher=(), **options):
+        args = [*map(str, args), *(() if "--load" in args else ("--data", str(data_file)))]
+        code = f"import sys; sys.path[:0] = {PATHS}; import conftest, main; {code}; main.main()" if code else None
+        command = [sys.executable, *launcher, *(("-c", code) if code else (ROOT / "main.py",)), *args]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
         runs.append(subprocess.Popen(command, **options))
         return runs[-1]
 
     yield start
     for run in runs:
-        if run.poll() is None:
-            run.kill()
+        run.kill()
         run.communicate()
 
 
-# main.py that, after it has saved at the step of its first argument, goes on only when a signal has arrived. (It draws
-# nothing, which would take most of its time.)
-HELD = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import main
-from training import run
+def hold(at: int) -> None:
+    """After it has saved at that step, main.py goes on only when a signal has arrived. (And it draws nothing.)"""
 
-def save_and_wait(folder, air, adam, state, processes, *others, save=run.save):
-    save(folder, air, adam, state, processes, *others)
-    while state.step == step and processes.is_main and not processes.stop_signal:
-        time.sleep(0.01)
+    def save_and_wait(folder, air, adam, state, processes, *others, save=training.run.save):
+        save(folder, air, adam, state, processes, *others)
+        while state.step == at and processes.is_main and not processes.stop_signal:
+            time.sleep(0.01)
 
-step, run.save, main.Pictures.show = int(sys.argv.pop(1)), save_and_wait, lambda *_: None
-main.main()
-"""
+    training.run.save, main.Pictures.show = save_and_wait, lambda *_: None
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A visdom server whose page is complete without a CDN: `python tests/dashboard_page.py` runs one, until Ctrl-C.
 
 Visdom's server fetches the JavaScript of its page from CDNs when it first starts. The npm registry has the same files,
-which are put into a copy of the package. Needs npm, and Chromium for a picture of the page.
+which are put into a copy of the package.
 """
 
 import os
@@ -65,10 +65,7 @@ def reserved_port() -> Iterator[int]:
 
 @contextmanager
 def server(folder: Path, port: int, base="", user="", password="") -> Iterator[subprocess.Popen]:
-    """A visdom server on loopback that keeps its windows in `folder`, and is taken from there if it is there.
-
-    base: the path at which it is. user, password: those that it lets in; everyone, if there is no user.
-    """
+    """A visdom server on loopback that keeps its windows in `folder`, and is taken from there if it is there."""
     command = [sys.executable, "-u", "-c", SERVE, "-bind_local", "-port", str(port), "-base_url", base]
     command += ["-enable_login"] if user else []
     login = {"USE_ENV_CREDENTIALS": "1", "USERNAME": user, "PASSWORD": password, "COOKIE": f"key of {folder}"}
@@ -82,14 +79,6 @@ def server(folder: Path, port: int, base="", user="", password="") -> Iterator[s
             yield process
         finally:
             process.kill()
-
-
-def screenshot(url: str, path: Path, size="1500,2400") -> None:
-    """What headless Chromium shows at `url`, as a PNG."""
-    with tempfile.TemporaryDirectory() as profile:
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=30000", f"--screenshot={path}"]
-        flags += ["--run-all-compositor-stages-before-draw", f"--window-size={size}", f"--user-data-dir={profile}"]
-        subprocess.run(["chromium", *flags, url], check=True, capture_output=True, timeout=600)
 
 
 if __name__ == "__main__":

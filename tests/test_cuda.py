@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from conftest import SHORT
 
 from air import AIR
 from inference import explain
-from training.checkpoint import load_air, read_checkpoint
+from training.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -23,15 +24,8 @@ def test_a_gpu_sees_what_the_cpu_sees(guide, scenes):
 
 
 @pytest.mark.parametrize("estimator", ["tracegraph", "traceenum"])
-def test_a_run_on_a_gpu_can_be_interrupted_and_goes_on_on_the_cpu(estimator, run_main, tmp_path):
-    flags = ("--cuda", "-b", 8, "--eval-every", 4, "--viz-every", 4, "--visdom", "off", "--estimator", estimator)
-    run = run_main("-n", 8, *flags, "--out", tmp_path / "run")
-    assert run.returncode == 0 and "count accuracy" in run.stdout, run.stderr
-    longer = run_main("--load", tmp_path / "run", "-n", 12)
-    assert longer.returncode == 0, longer.stderr
-    checkpoint = read_checkpoint(tmp_path / "run")[0]
-    assert checkpoint["step"] == 12 and len(checkpoint["cuda_rng"].flatten()) > 0
-    assert {value.device.type for value in load_air(tmp_path / "run").state_dict().values()} == {"cpu"}
-    on_cpu = run_main("--load", tmp_path / "run", "-n", 16, "--no-cuda")
-    assert on_cpu.returncode == 0, on_cpu.stderr
+def test_a_run_on_a_gpu_goes_on_on_the_cpu(estimator, run_main, tmp_path):
+    run_main(*SHORT, "--cuda", "--estimator", estimator, "--out", tmp_path / "run")
+    assert len(read_checkpoint(tmp_path / "run")[0]["cuda_rng"].flatten()) > 0
+    run_main("--load", tmp_path / "run", "-n", 9, "--no-cuda")
     assert read_checkpoint(tmp_path / "run")[0]["cuda_rng"] is None

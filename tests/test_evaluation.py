@@ -8,17 +8,12 @@ import evaluation
 from air import AIR
 from evaluation import (
     ReferenceStats,
-    baseline_r2,
     bounds,
-    calibrate,
     evaluate,
     find_at_scale,
     importance_bound,
-    interval,
     out_of_distribution,
     recombine,
-    reference_stats,
-    search_metrics,
 )
 from images import to_canvas
 from inference import Inference, infer, traces
@@ -42,24 +37,13 @@ def test_the_numbers_are_what_they_are_called(air, scenes):
     guesses = counts, seen.count_probs().argmax(1).numpy(), np.array([found.count for found in searched])
     ways = [result[f"count_accuracy{way}"] for way in ("", "_mode", "_search")]
     assert ways == [np.mean(guess == true) for guess in guesses]
-    assert result.items() >= search_metrics(searched, true, 2.0).items()
+    assert result.items() >= evaluation.search_metrics(searched, true, 2.0).items()
     assert result["images"] == 100 and result["last_step_rate"] == np.mean(counts == 3)
     assert result["elbo"] == pytest.approx(seen.log_weight.mean().item(), rel=1e-5)
     assert result["confusion"] == [[((true == i) & (counts == j)).sum() for j in range(4)] for i in range(3)]
     assert all(map(np.array_equal, [*others[:2], others[2].canvases], [counts, seen.boxes, seen.canvases[:30]]))
     # (Of large images, fewer are looked at together, so that memory does not grow with the canvas.)
     assert evaluation.default_batch_size(AIR(image_size=250, **SMALL), 3) == 500 // 25
-
-
-def test_the_same_again_and_nothing_is_disturbed(air, scenes):
-    """Seeded; with true counts or without them, of which nothing is known then."""
-    few = Scenes(scenes.x[:5])
-    state = torch.get_rng_state()
-    first, again = (evaluate(air, few).metrics for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert first == again != evaluate(air, few, seed=1).metrics
-    assert air.training and all(p.grad is None for p in air.parameters())
-    assert first["count_accuracy"] is first["count_accuracy_mode"] is first["confusion"] is None
 
 
 def test_few_ordinary_scenes_are_out_of_distribution():
@@ -88,21 +72,21 @@ def test_how_well_probabilities_are_calibrated():
     """By hand: of four sure of 0.9 three are right, of two with 0.6 none, and one of two is wrong with 0.995."""
     sure, half, surest = [0.05, 0.9, 0.05], [0.6, 0.3, 0.1], [0.001, 0.004, 0.995]
     seen, true = believed(np.log(4 * [sure] + 2 * [half] + 2 * [surest])), np.array([1, 1, 1, 2, 1, 2, 2, 0])
-    measured = search_metrics(seen, true, 1.0)
+    measured = evaluation.search_metrics(seen, true, 1.0)
     assert measured["count_accuracy_search"] == 4 / 8 and measured["sure_but_wrong"] == 1 / 8
     in_bins = [abs(4 + 0 - 4 * 0.9 - 2 * 0.995), 2 * 0.6]  # 0.9 and 0.995 are in one bin of ten
     assert measured["calibration_error"] == pytest.approx(sum(in_bins) / 8)
-    assert search_metrics(seen, true, None) == {"count_accuracy_search": 4 / 8, "count_error_search": 6 / 8}
+    assert evaluation.search_metrics(seen, true, None) == {"count_accuracy_search": 4 / 8, "count_error_search": 6 / 8}
 
 
 def test_the_temperature_is_found():
     """Of counts that are drawn with the probabilities of some evidence, and of the same evidence made too large."""
     rng = np.random.default_rng(0)
-    evidence = 3 * rng.normal(size=(2000, 5))
+    evidence = 3 * rng.normal(size=(500, 5))
     probs = np.exp(evidence) / np.exp(evidence).sum(1, keepdims=True)
     true = np.array([rng.choice(5, p=row) for row in probs])
     for factor in (1.0, 4.0):
-        assert calibrate(believed(factor * evidence), true) == pytest.approx(factor, rel=0.1)
+        assert evaluation.calibrate(believed(factor * evidence), true) == pytest.approx(factor, rel=0.2)
 
 
 def test_recombined_scenes(scenes):
@@ -120,16 +104,6 @@ def test_recombined_scenes(scenes):
         recombine(np.full((30, 50, 50), 80, np.uint8), np.ones(30, int), 10, 4)
 
 
-def test_what_is_ordinary_is_measured_as_it_is_applied(air, scenes, monkeypatch):
-    """By the same search as predict.py's; and probabilities have a temperature if enough single objects are found."""
-    x = scenes.x[:20]
-    seen = [(found.count, found.log_weight, found.explained) for found in find(air, x)]
-    expected = bounds(*map(np.array, zip(*seen)))
-    assert reference_stats(air, x) == (*expected, None)
-    monkeypatch.setattr(evaluation, "recombine", lambda x, counts: Scenes(x, counts))
-    assert 0.5 <= reference_stats(air, x).temperature <= 50
-
-
 def test_importance_bound(scenes):
     """Where nothing is painted, and q differs from the prior in the count only, all about log p(x) is known."""
     air = AIR(guide="rnn", count_ratio=1.0, **SMALL)
@@ -142,13 +116,6 @@ def test_importance_bound(scenes):
     below = (exact - importance_bound(air, scenes, 1)) / np.log(2)
     assert np.abs(below - below.round()).max() < 1e-3 and {*below.round()} == {1, 0, -1}
     assert np.mean(exact - importance_bound(air, scenes, 20)) == pytest.approx(0, abs=0.05)
-
-
-def test_interval():
-    """Wilson's: the probabilities from which the share is 1.96 of their standard deviations away."""
-    for share, n in ((0.5, 10), (0.98, 10_000), (1.0, 30)):
-        for end in interval(share, n):
-            assert abs(share - end) == pytest.approx(1.96 * (end * (1 - end) / n) ** 0.5, rel=1e-3)
 
 
 def test_how_much_of_what_follows_the_baseline_explains(air, scenes, monkeypatch):
@@ -164,8 +131,8 @@ def test_how_much_of_what_follows_the_baseline_explains(air, scenes, monkeypatch
         told = iter([share * gain for gain in to_come])
         monkeypatch.setattr(air.baseline, "forward", lambda projection, inputs, state: (next(told), state))
         torch.manual_seed(1)
-        assert baseline_r2(air, x) == pytest.approx(r2)
-    assert baseline_r2(AIR(max_objects=1, **SMALL), x[:1]) is None  # Nothing varies.
+        assert evaluation.baseline_r2(air, x) == pytest.approx(r2)
+    assert evaluation.baseline_r2(AIR(max_objects=1, **SMALL), x[:1]) is None  # Nothing varies.
 
 
 def test_large_pieces_are_looked_at_both_ways(air, monkeypatch):
@@ -173,11 +140,11 @@ def test_large_pieces_are_looked_at_both_ways(air, monkeypatch):
     x = np.zeros((100, 100), np.uint8)
     x[30:60, 40:60] = 255  # 30 pixels, where 13 are usual
     explained = {100: None, 44: 0.8}  # by the image's side
-    monkeypatch.setattr(
-        evaluation,
-        "find",
-        lambda air, xs: [SimpleNamespace(explained=explained[len(x)], side=len(x)) for x in xs],
-    )
+
+    def found(air, xs):
+        return [SimpleNamespace(explained=explained[len(x)], side=len(x)) for x in xs]
+
+    monkeypatch.setattr(evaluation, "find", found)
     for as_it_is, side, in_doubt in ((0.8, 44, False), (0.9, 44, True), (0.95, 100, True)):
         explained[100] = as_it_is
         ((found, canvas, doubt),) = find_at_scale(air, [to_canvas(x)], [None])

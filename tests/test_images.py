@@ -142,14 +142,16 @@ def test_ink_at_the_same_place_in_all_images(scenes, tmp_path, capsys):
 
 @pytest.mark.parametrize("height, width", [(90, 300), (300, 90), (25, 25), (50, 50), (10, 1000)])
 def test_where_a_rectangle_comes_to_lie(height, width):
-    image = np.zeros((1, height, width), np.float32)
-    y, x, h, w = height // 5, width // 4, height // 2, width // 3
-    image[:, y : y + h, x : x + w] = 1
-    canvas, (left, top, across, down), *_ = images.letterbox(to_canvas(image[0]), 50)
-    rows, columns = np.nonzero(canvas > 127)
-    box = [columns.min() - left, rows.min() - top, np.ptp(columns) + 1, np.ptp(rows) + 1]
-    off = np.abs(np.array(box) / [across, down, across, down] - [x, y, w, h])
-    assert canvas.shape == (50, 50) and (off <= 1.01 * max(1, 1 / across, 1 / down)).all()
+    """On a canvas, or made smaller or larger: taken back by its place, it is where it was."""
+    image = np.zeros((height, width), np.float32)
+    x, y, w, h = width // 4, height // 5, width // 3, height // 2
+    image[y : y + h, x : x + w] = 1
+    canvas = to_canvas(image)
+    for made in (images.letterbox(canvas, 50), *(images.rescale(canvas, factor) for factor in (0.5, 0.77, 1, 1.9))):
+        (rows, columns), (left, top, across, down) = np.nonzero(made.x > 127), made.place
+        box = [columns.min() - left, rows.min() - top, np.ptp(columns) + 1, np.ptp(rows) + 1]
+        off = np.abs(np.array(box) / [across, down, across, down] - [x, y, w, h])
+        assert (off <= 1.01 * max(1, 1 / across, 1 / down)).all()
 
 
 def test_every_page_and_frame(scenes, tmp_path):
@@ -216,18 +218,6 @@ def test_a_photograph_in_uneven_light():
         seen = to_canvas(image)
         labels, n = ndimage.label(ndimage.binary_closing(seen.x > 76, iterations=2))
         assert (np.bincount(labels.ravel())[1:] > 500).sum() == 24 and seen.doubt in (None, BOTH)
-
-
-def test_an_image_made_larger_or_smaller(scenes):
-    """Places go with it: a box of the ink, taken back, is where it was."""
-    canvas = to_canvas(scenes.x[np.argmax(scenes.counts == 1)])
-    for factor in (0.5, 0.77, 1, 1.9):
-        scaled = images.rescale(canvas, factor)
-        (h, w), (left, top, across, down) = scaled.x.shape, scaled.place
-        assert (h, w) == (round(50 * factor),) * 2 and (left, top) == (0, 0)
-        for axis, scale in enumerate((down, across)):
-            ends = [np.flatnonzero((x > 127).any(1 - axis))[[0, -1]] + [0, 1] for x in (canvas.x, scaled.x)]
-            assert np.abs(ends[1] / scale - ends[0]).max() <= 1 + 1 / scale
 
 
 def test_how_long_objects_are():

@@ -14,7 +14,7 @@ from evaluation import evaluate
 from images import letterbox, to_canvas
 from multi_mnist import Scenes
 from training.checkpoint import load_air, read_checkpoint
-from training.data import load_own_scenes, pose_prior
+from training.data import load_own_scenes
 from training.svi import schedule
 
 no_pictures = pytest.mark.usefixtures("no_pictures")
@@ -23,7 +23,6 @@ QUICK = (*SHORT, "-n", 2)
 
 def test_a_run_leaves_what_it_should(run):
     folder, finished = run
-    assert finished.returncode == 0, finished.stderr
     assert "count accuracy" in finished.stdout and str(folder) in finished.stdout
     assert "6/6" in finished.stderr and "loss -" in finished.stderr and "validation accuracy" in finished.stderr
     assert "ELBO" not in finished.stderr  # That of metrics.jsonl has another prior on the count.
@@ -32,11 +31,8 @@ def test_a_run_leaves_what_it_should(run):
     lines = metrics(folder)
     assert [(line["split"], line["step"]) for line in lines] == [*(("validation", n) for n in (2, 4, 6)), ("test", 6)]
     for line in lines:
-        confusion = np.array(line["confusion"])
-        assert confusion.shape == (3, 4) and confusion.sum() == line["images"] == 64
-        assert line["count_accuracy"] == pytest.approx(np.trace(confusion) / 64)
-        assert line["last_step_rate"] == pytest.approx(confusion[:, 3].sum() / 64)
-        assert line["seconds"] > 0 and line["steps_per_s"] > 0 and np.isfinite(line["elbo"])
+        assert np.sum(line["confusion"]) == line["images"] == 16 and np.isfinite(line["elbo"])
+        assert line["seconds"] > 0 and line["steps_per_s"] > 0
     config = json.loads((folder / "config.json").read_text())
     assert config["flags"]["batch_size"] == 8 and config["flags"]["seed"] == 0 and config["versions"]["torch"]
 
@@ -45,27 +41,26 @@ def test_a_run_leaves_what_it_should(run):
 @pytest.mark.parametrize("flags", ["--estimator traceenum", "--baseline none", "--guide rnn"])
 def test_other_ways_to_train(flags, run, run_main, tmp_path):
     """They train to other parameters than the default, and can be resumed."""
-    finished = run_main(*QUICK, *flags.split(), "--out", tmp_path / "run")
-    assert finished.returncode == 0, finished.stderr
+    run_main(*QUICK, *flags.split(), "--out", tmp_path / "run")
     checkpoint, default = read_checkpoint(tmp_path / "run")[0], read_checkpoint(run[0])[0]
     has_baseline, decoder = flags == "--guide rnn", "decode.mlp.0.weight"
     assert any(name.startswith("baseline.") for name in checkpoint["parameters"]) == has_baseline
     assert (metrics(tmp_path / "run")[-1]["baseline_r2"] is not None) == has_baseline
     assert checkpoint["air"]["guide"] == ("rnn" if has_baseline else "residual")
     assert 0 < (checkpoint["parameters"][decoder] - default["parameters"][decoder]).abs().max() < 0.1
-    resumed = run_main("--load", tmp_path / "run", "-n", 3)
-    assert resumed.returncode == 0 and metrics(tmp_path / "run")[-1]["step"] == 3, resumed.stderr
+    run_main("--load", tmp_path / "run", "-n", 3)
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
 
 
 @no_pictures
 def test_the_same_run_in_other_circumstances(run, run_main, tmp_path):
     """Evaluated at other times; and lines past a checkpoint are dropped on resuming."""
     folder = tmp_path / "run"
-    assert run_main(*SHORT, "--eval-every", 500, "--out", folder).returncode == 0
+    run_main(*SHORT, "--eval-every", 500, "--out", folder)
     check_same(run[0], folder, last=2)
     lines = (run[0] / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(lines + lines.replace('"step": 6', '"step": 7') + '{"step": 3')
-    assert run_main("--load", folder, "-n", 8, "--eval-every", 4).returncode == 0
+    run_main("--load", folder, "-n", 8, "--eval-every", 4)
     assert [line["step"] for line in metrics(folder)] == [2, 4, 6, 2, 4, 8, 8]
 
 
@@ -83,14 +78,13 @@ def test_a_users_own_images(labelled, run_main, digits, tmp_path):
             Image.fromarray(255 - image).save(data / f"{i:02}.png")
         (data / "notes.txt").write_text("no image")
     finished = run_main(*QUICK, "--data", data, "--out", folder)
-    assert finished.returncode == 0, finished.stderr
     assert finished.stderr.count("notes.txt cannot be read") == finished.stderr.count("inverted (") == (not labelled)
     lines, air = metrics(folder), load_air(folder)
     assert [line["images"] for line in lines] == [6, 6] and ("count accuracy" in finished.stdout) == labelled
-    assert air.image_size == 40
-    expected = evaluate(
-        air, Scenes(np.stack([letterbox(to_canvas(image), 40).x for image in x[-6:]]), own.counts[-6:])
-    ).metrics
+    length = load_own_scenes(data, None, None, 3, None, None)[-1]  # estimated; windows are a little longer
+    assert air.image_size == 40 and air.usual_window == pytest.approx(1.15 * length)
+    held_out = np.stack([letterbox(to_canvas(image), 40).x for image in x[-6:]])
+    expected = evaluate(air, Scenes(held_out, own.counts[-6:])).metrics
     assert lines[-1]["elbo"] == pytest.approx(expected["elbo"])
     assert lines[-1]["count_accuracy"] == (expected["count_accuracy"] if labelled else None)
     assert (folder / "mistakes.png").exists() == (folder / "confusion.png").exists() == labelled
@@ -106,18 +100,16 @@ def test_images_are_known_by_what_they_are(run_main, scenes, tmp_path):
     """Not by their file's name: the same may be somewhere else, and others may have its name."""
     data, moved, folder = tmp_path / "my.npz", ("--data", tmp_path / "moved.npz"), tmp_path / "run"
     np.savez(data, x=scenes.x[:60])
-    assert run_main(*QUICK, "--data", data, "--out", folder).returncode == 0
+    run_main(*QUICK, "--data", data, "--out", folder)
     data.rename(moved[1])
-    gone = run_main("--load", folder, "--eval-only")
-    assert gone.returncode == 2 and f"no such file or folder: {data}" in gone.stderr
-    assert run_main("--load", folder, "-n", 3, *moved).returncode == 0
-
+    run_main("--load", folder, "--eval-only", error=f"no such file or folder: {data}")
+    run_main("--load", folder, "-n", 3, *moved)
     np.savez(moved[1], x=scenes.x[60:120])
     earlier = files(folder)
-    for flags, error in (("-n", 4), "was trained on other images"), (("--eval-only",), "has other images than the run"):
-        refused = run_main("--load", folder, *flags)
-        assert refused.returncode == 2 and error in refused.stderr.splitlines()[-1] and files(folder) == earlier
-    assert run_main("--load", folder, "-n", 4, "--out", tmp_path / "new").returncode == 0
+    run_main("--load", folder, "-n", 4, error="was trained on other images")
+    run_main("--load", folder, "--eval-only", error="has other images than the run")
+    assert files(folder) == earlier
+    run_main("--load", folder, "-n", 4, "--out", tmp_path / "new")
 
 
 def test_own_images_that_do_not_do(run_main, scenes, tmp_path):
@@ -134,8 +126,8 @@ def test_own_images_that_do_not_do(run_main, scenes, tmp_path):
         ("own.npz --object-size 45", "larger than the canvas of 50 pixels"),
         ("own.npz --crop 51", "no image is as large as a crop"),
     ):
-        refused = run_main(*SHORT, "--out", tmp_path / "run", "--data", *f"{tmp_path}/{flags}".split())
-        assert refused.returncode == 2 and error in refused.stderr.splitlines()[-1] and not (tmp_path / "run").exists()
+        run_main(*SHORT, "--out", tmp_path / "run", "--data", *f"{tmp_path}/{flags}".split(), error=error)
+        assert not (tmp_path / "run").exists()
 
 
 @no_pictures
@@ -145,7 +137,7 @@ def test_by_default_multi_mnist(run, monkeypatch, scenes, tmp_path):
     splits = {split: Scenes(*(part[i : i + 50 + 50 * (i == 0)] for part in scenes)) for split, i in parts.items()}
     monkeypatch.setattr(training.data, "load_split", lambda split, data_dir: splits[split])
     finished = call(main.main, *QUICK, "-n", 5, "--eval-every", 5, "-blr", 0.1, "--out", folder)
-    assert finished.returncode == 0 and "--object-size" not in finished.stderr, finished.stderr
+    assert "--object-size" not in finished.stderr
     checkpoint = read_checkpoint(folder)[0]
     groups = checkpoint["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == [schedule(4, 5) * 4e-3, schedule(4, 5) * 0.1]
@@ -154,25 +146,11 @@ def test_by_default_multi_mnist(run, monkeypatch, scenes, tmp_path):
     assert evaluated == metrics(folder)[-1] and evaluated["split"] == "test" and evaluated["images"] == 50
 
 
-def test_how_long_objects_are_taken_to_be(tmp_path):
-    """Estimated from the images, or as told; the prior on poses is for windows a little longer."""
-    x = np.zeros((40, 100, 100), np.uint8)
-    x[:, 20:30, 40:48] = x[:, 60:70, 40:48] = 255  # ten pixels long
-    np.savez(tmp_path / "own.npz", x=x)
-    for object_size, length in ((None, 10), (20, 20)):
-        assert load_own_scenes(tmp_path / "own.npz", None, None, 3, None, object_size)[-1] == length
-    prior = pose_prior(100, 20)
-    s = 100 / 23
-    assert prior["z_where_loc"] == pytest.approx([s, 0, 0])
-    assert prior["z_where_scale"] == pytest.approx([s / 15, s / 3, s / 3])
-
-
 @pytest.mark.parametrize("crop, size, told", [(40, None, 40), (None, None, 36), (80, 40.0, 80)])
 def test_crops_of_large_images(crop, size, told, tmp_path, capsys):
     """Each is a window of one of the images, turned or mirrored; large objects are made smaller."""
-    rng, x = np.random.default_rng(0), np.zeros((2, 140, 180), np.uint8)
-    for top, left in np.ndindex(6, 8):
-        x[:, 5 + 22 * top : 17 + 22 * top, 5 + 22 * left : 13 + 22 * left] = rng.integers(150, 255, (2, 1, 1))
+    objects = np.random.default_rng(0).integers(150, 255, (2, 6, 8)).astype(np.uint8)
+    x = np.kron(objects, np.pad(np.ones((1, 12, 8), np.uint8), ((0, 0), (5, 5), (5, 9))))
     np.savez(tmp_path / "own.npz", x=x)
     train, held_out, _, length = load_own_scenes(tmp_path / "own.npz", None, None, 3, crop, size)
     assert f"10,000 random crops of {told} pixels" in capsys.readouterr().err
@@ -191,5 +169,5 @@ def test_crops_of_large_images(crop, size, told, tmp_path, capsys):
 @pytest.mark.slow
 def test_it_learns_to_count(tmp_path):
     """600 steps on real MNIST: far above the 50% of a model that only tells empty scenes from others."""
-    finished = call(main.main, "-n", 600, "--visdom", "off", "--out", tmp_path / "run", "--data-dir", ROOT / "data")
-    assert finished.returncode == 0 and metrics(tmp_path / "run")[-1]["count_accuracy"] > 0.93
+    call(main.main, "-n", 600, "--visdom", "off", "--out", tmp_path / "run", "--data-dir", ROOT / "data")
+    assert metrics(tmp_path / "run")[-1]["count_accuracy"] > 0.93

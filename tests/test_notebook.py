@@ -40,7 +40,6 @@ def renamed(name):
 x, close = floats(test.x[:8]), {"atol": 1e-3, "rtol": 1e-4}
 for kind in ("rnn", "residual"):
     air = AIR(guide=kind, count_ratio=0.3, baseline="rnn" if kind == "rnn" else "none")
-    air.exploration = 0.0
     ours, in_one_piece = Gains(ratio=0.3), InOnePiece(ratio=0.3)
     guide = RNNGuide(Baseline()) if kind == "rnn" else ResidualGuide(ours)
     guide.load_state_dict({renamed(k): v for k, v in air.state_dict().items() if not k.startswith("decode.")})

@@ -1,4 +1,7 @@
-"""The flags of main.py: bad ones are told at once, and a resumed run keeps what it is."""
+"""The flags of main.py: bad ones are told at once, a resumed run keeps what it is, and the docs know them."""
+
+import re
+import shutil
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ from conftest import ROOT, call, files
 
 import main
 from training.checkpoint import build_air, load_air, read_checkpoint, save_checkpoint
-from training.options import parse
+from training.options import make_parser, parse
 
 BAD = {
     "-n -5": "--num-steps: invalid int greater than 0 value: '-5'",
@@ -37,9 +40,8 @@ BAD = {
 def test_bad_flags_are_told_at_once(flags, monkeypatch, tmp_path, data_file):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused = call(main.main, *flags.split(), *(("--data", data_file) if "http" in flags else ()))
-    assert refused.returncode == 2 and not refused.stdout
-    assert BAD[flags] in refused.stderr.splitlines()[-1] and "Traceback" not in refused.stderr
+    data = ("--data", data_file) if "http" in flags else ()
+    assert not call(main.main, *flags.split(), *data, error=BAD[flags]).stdout
     assert [path for path in tmp_path.rglob("*") if path.name != "runs"] == []  # nothing was begun
 
 
@@ -62,13 +64,31 @@ def test_a_resumed_run_keeps_what_it_is(run, run_main, monkeypatch, tmp_path):
         f"--load {tmp_path}/only_parameters.pt": "not of a run of this script",
         f"--load {tmp_path}/cuda.pt": "no CUDA device was found; --no-cuda computes on the CPU",
     }.items():
-        refused = run_main("--load", folder, *flags.split())
-        assert refused.returncode == 2 and error in refused.stderr.splitlines()[-1], flags
+        run_main("--load", folder, *flags.split(), error=error)
     assert files(folder) == earlier
     args = parse(["--load", str(folder), "-n", "8"])
     assert str(args.data) == checkpoint["flags"]["data"] and args.cuda is False and args.eval_every == 2
 
 
-def test_help_shows_defaults():
-    shown = " ".join(call(main.main, "-h").stdout.split())
-    assert "(default: 4500)" in shown and "(default: 0.004)" in shown and "(default: auto)" in shown
+def test_a_copy_does_not_write_where_it_lies(run, run_main, no_pictures, tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    shutil.copy(run[0] / "checkpoint.pt", tmp_path)
+    (tmp_path / "link.pt").symlink_to(run[0] / "checkpoint.pt")
+    earlier = files(tmp_path)
+    for name in ("checkpoint.pt", "link.pt"):
+        run_main("--load", tmp_path / name, "-n", 8, error="not in the folder of a run")
+    run_main("--load", tmp_path / "link.pt", "-n", 7, "--out", tmp_path.with_name("new"))
+    assert files(tmp_path) == earlier
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_and_commands(page):
+    """What README and docs link to, and the commands that they show, exist."""
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("http") or (ROOT / page).parent.joinpath(target).exists(), target
+    for script, flags in re.findall(r"(?:python|torchrun[^\n]*?) ([\w/]+\.py)([^\n#`|>]*)", text):
+        assert (ROOT / script).exists(), script
+        if script == "main.py":
+            known = {name for action in make_parser()._actions for name in action.option_strings}
+            assert set(re.findall(r"(?<!\S)--?[a-z][\w-]*", flags)) <= known, flags

@@ -1,17 +1,19 @@
 """Training in two processes, as a user starts it with torchrun."""
 
 import os
+import shutil
 import signal
-from functools import partial
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import HELD, LIMIT, ROOT, SHORT, check_same, files, reached, wait_for
+from conftest import LIMIT, ROOT, SHORT, before_steps, check_same, files, reached, wait_for
 from pyro.infer import TraceGraph_ELBO
 
+import training.run
 from air import AIR
 from training.checkpoint import read_checkpoint
 from training.data import load_own_scenes
@@ -20,33 +22,34 @@ from training.svi import make_svi
 
 QUICK, LOAD = (*SHORT, "--viz-every", 10**6), ("--visdom", "off", "--load")
 
-# main.py, but it keeps the checkpoint of step 1, each process tells its parameters at the end, and the
-# second process has a fault in its third mini-batch.
-WORKER = f"""
-import os, shutil, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import pyro, pytest, torch
-import main
-from conftest import before_steps
-from training import run
 
-folder, rank = sys.argv.pop(1), os.environ["RANK"]
+def work(folder: str) -> None:
+    """main.py keeps the checkpoint of step 1, each process tells its parameters at the end, and the second one has a
+    fault in its third mini-batch."""
+    rank = os.environ["RANK"]
 
-def save_and_keep(to, air, adam, state, processes, *others, save=run.save):
-    save(to, air, adam, state, processes, *others)
-    if state.step == 1 and processes.is_main:
-        shutil.copy(to / "checkpoint.pt", folder + "/first.pt")
+    def save_and_keep(to, air, adam, state, processes, *others, save=training.run.save):
+        save(to, air, adam, state, processes, *others)
+        if state.step == 1 and processes.is_main:
+            shutil.copy(to / "checkpoint.pt", folder + "/first.pt")
+        elif state.step == 6:
+            parameters = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+            torch.save(parameters, f"{folder}/rank{rank}.pt")
 
-run.save = save_and_keep
-before_steps(pytest.MonkeyPatch(), lambda i, x: (rank, i) == ("1", 3) and x.fill_(torch.nan) is None)
-main.main()
-torch.save({{name: x.detach().clone() for name, x in pyro.get_param_store().items()}}, folder + "/rank" + rank + ".pt")
-"""
+    training.run.save = save_and_keep
+    before_steps(pytest.MonkeyPatch(), lambda i, x: (rank, i) == ("1", 3) and x.fill_(torch.nan) is None)
 
 
 @pytest.fixture
 def torchrun(start):
-    return partial(start, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), cwd=ROOT)
+    """Start two processes; the launcher itself starts files only."""
+
+    def torchrun(*args, code=None, **options):
+        launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+        launcher += ("--no-python", sys.executable) if code else ()
+        return start(*args, code=code, launcher=launcher, cwd=ROOT, **options)
+
+    return torchrun
 
 
 def finish(run):
@@ -57,9 +60,8 @@ def finish(run):
 
 def test_two_processes_are_one(torchrun, tmp_path, data_file):
     """Their first step has the gradient of the whole mini-batch, and they stay the same to the last bit."""
-    folder, worker = tmp_path / "run", tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    errors = finish(torchrun(tmp_path, *QUICK, "--eval-every", 1, "--out", folder, script=worker))
+    folder, code = tmp_path / "run", f"import test_parallel; test_parallel.work({str(tmp_path)!r})"
+    errors = finish(torchrun(*QUICK, "--eval-every", 1, "--out", folder, code=code))
     # What one of them cannot use is skipped by both, and told once.
     assert errors.count("skipped step") == 1 and "skipped step 3" in errors
     ranks, checkpoint = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)], read_checkpoint(folder)[0]
@@ -88,7 +90,7 @@ def test_two_processes_are_one(torchrun, tmp_path, data_file):
 
 def test_a_lost_process_ends_the_job_and_another_number_goes_on(torchrun, run_main, no_pictures, tmp_path):
     """And SIGHUP to torchrun stops the job so that it saves, though it was started with nohup."""
-    folder, script = tmp_path / "run", tmp_path / "held.py"
+    folder = tmp_path / "run"
     run = torchrun(*QUICK, "-n", 10**6, "--out", folder)
     wait_for(lambda: reached(folder, 4), run)  # so that the checkpoint of step 2 is there
     ranks = {}
@@ -102,10 +104,10 @@ def test_a_lost_process_ends_the_job_and_another_number_goes_on(torchrun, run_ma
     assert "another process of the job is lost" in errors and "skipped step" not in errors
     step = read_checkpoint(folder)[0]["step"]
     assert step >= 2
-    assert run_main(*LOAD, folder, "-n", step + 1).returncode == 0
-    script.write_text(HELD)
+    run_main(*LOAD, folder, "-n", step + 1)
     nohup = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
-    run = torchrun(step + 2, *LOAD, folder, "-n", step + 4, "--eval-every", 1, script=script, **nohup)
+    hold = f"conftest.hold({step + 2})"
+    run = torchrun(*LOAD, folder, "-n", step + 4, "--eval-every", 1, code=hold, **nohup)
     wait_for(lambda: reached(folder, step + 2), run)
     run.send_signal(signal.SIGHUP)
     _, errors = run.communicate(timeout=LIMIT)
@@ -115,11 +117,10 @@ def test_a_lost_process_ends_the_job_and_another_number_goes_on(torchrun, run_ma
 
 @pytest.mark.slow
 def test_resuming_two_processes_is_exact(torchrun, tmp_path):
-    straight, folder, script = tmp_path / "straight", tmp_path / "run", tmp_path / "held.py"
-    script.write_text(HELD)
+    straight, folder = tmp_path / "straight", tmp_path / "run"
     flags = (*QUICK, "-n", 60, "--eval-every", 10)
     finish(torchrun(*flags, "--out", straight))
-    run = torchrun(20, *flags, "--out", folder, script=script)
+    run = torchrun(*flags, "--out", folder, code="conftest.hold(20)")
     wait_for(lambda: reached(folder, 20), run)
     run.send_signal(signal.SIGTERM)
     assert "SIGTERM after step 21" in run.communicate(timeout=LIMIT)[1] and run.returncode != 0
@@ -131,13 +132,11 @@ def test_machines_with_checkpoints_of_different_steps(run, run_main, monkeypatch
     """As when the second has the copy of an earlier interruption: told at once, and nothing is changed."""
     earlier = files(run[0])
     monkeypatch.setattr(Processes, "all_gather", lambda self, step: torch.cat([step, step - 2]))
-    refused = run_main(*LOAD, run[0], "-n", 8)
-    assert refused.returncode == 2 and "checkpoints are of different steps" in refused.stderr
+    run_main(*LOAD, run[0], "-n", 8, error="checkpoints are of different steps")
     assert files(run[0]) == earlier
 
 
 def test_a_mini_batch_that_cannot_be_divided(run_main, monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    refused = run_main("-b", 9)
-    assert refused.returncode == 2 and "cannot be divided equally among 2 processes" in refused.stderr
+    run_main("-b", 9, error="cannot be divided equally among 2 processes")
