@@ -16,12 +16,14 @@ from unittest import mock
 
 import torch
 from pyro import poutine
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import air
 import evaluation
 import main
+import modules
 from air import AIR
 from modules import Decoder, ResidualAttention, image_to_object, to_channels
 
@@ -47,12 +49,24 @@ def crop_with_gradient(self, z_where, x, canvas):
     return image_to_object(z_where, to_channels(x - canvas, x), self.window_size)
 
 
+class Blind(nn.Module):
+    """ConvNet, but it sees nothing: features `[batch, size]` that are 0."""
+
+    def __init__(self, in_channels: int, window_size: int, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, crops):
+        return crops.new_zeros(len(crops), self.size)
+
+
 # name: what is replaced and by what, (object, attribute, replacement) each
 PARTS = {
     # How well the baseline predicts gains cannot be measured without them.
     "gains": [(AIR, "model", whole_likelihood), (evaluation, "baseline_r2", lambda *_: None)],
     "prior": [(main, "AIR", partial(AIR, count_ratio=1.0))],  # a uniform one instead
     "peak": [(ResidualAttention, "peak", centre)],
+    "second-look": [(modules, "ConvNet", Blind)],
     "stop-gradient": [  # at the canvas that the guide sees
         (ResidualAttention, "residual", ResidualAttention.residual.__wrapped__),
         (AIR, "crop", crop_with_gradient),
