@@ -1,6 +1,7 @@
 """Digits by the dozen, and of other sizes: what a run counts that learned from two on canvases of 50 pixels.
 
-    python benchmarks/many.py runs/NAME
+    python benchmarks/many.py runs/NAME                # how often it is right
+    python benchmarks/many.py runs/NAME --time FILE    # how long it takes, as a table and a picture
 
 Scenes of MNIST's test digits, put down one after another, each anew until no pixel exceeds white. Digits of other sizes
 are looked at in two ways: each image at its own scale, and all at the same (`predict.py --object-size file`).
@@ -13,9 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import viz
 from evaluation import find_at_scale
 from images import piece_lengths, to_canvas
 from multi_mnist import compose, load_digits, paint
@@ -25,16 +29,21 @@ from training.checkpoint import build_air, read_checkpoint, read_reference
 
 SCENES = (10, 128), (15, 128), (30, 256), (100, 512)  # digits, and pixels of the canvas
 EACH = 50  # scenes of each kind; five times as many of each size
+TIMED = {64: (1,), 128: (1, 10), 256: (1, 10), 512: (1, 10, 100), 1024: (1, 10, 100, 300), 2048: (1, 100, 1000)}
 SIZES = 0.5, 0.7, 1.0, 1.4, 1.8  # of the usual
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--time", type=Path, metavar="FILE", help="measure time instead, and draw it")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     checkpoint, path = read_checkpoint(args.run)
     air, digits = build_air(checkpoint, path), load_digits(False, checkpoint["flags"]["data_dir"])
+    if args.time:
+        Image.fromarray(measure_time(air, digits[0])).save(args.time)
+        return
     for count, size in SCENES:
         x = [many(digits[0], count, size, np.random.default_rng([i, size])) for i in range(EACH)]
         started = time.process_time()
@@ -68,6 +77,26 @@ def many(digits: np.ndarray, count: int, size: int, rng: np.random.Generator) ->
         if (x + one).max() <= 255:
             x, count = x + one, count - 1
     return x.astype(np.uint8)
+
+
+def measure_time(air, digits: np.ndarray) -> np.ndarray:
+    """Seconds of CPU for one image alone, by its size and number of objects: printed, and drawn."""
+    figure = Figure(figsize=(5, 3.4), dpi=viz.DPI, layout="tight")
+    axis = figure.subplots()
+    find(air, [many(digits, 1, 64, np.random.default_rng(0))])  # The first call takes longer.
+    for size, objects in TIMED.items():
+        seconds = []
+        for count in objects:
+            x = many(digits, count, size, np.random.default_rng(0))
+            started = time.process_time()
+            found = find(air, [x])[0].count
+            seconds.append(time.process_time() - started)
+            print(f"{size}x{size}, {count} objects: {found} found in {seconds[-1]:.1f} s", flush=True)
+        axis.loglog(objects, seconds, ".-", label=f"{size}x{size}")
+    axis.legend(fontsize=8)
+    axis.set(xlabel="objects", ylabel="seconds of CPU, one image alone")
+    axis.grid(alpha=0.3)
+    return viz.render(figure)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 All of it is measured on multi-MNIST's test scenes, or on others made of the same test digits; an object's code is the
 mean of `q(z_what_t | x, z_where_t)` at the sampled window. The docstrings say what the numbers are. unseen.png shows
-scenes of none to five digits, true count → inferred; search.png, how explanations are mended, move by move.
+scenes of none to five digits, true count → inferred; search.png, how explanations are mended, move by move;
+reliability.png, how often counts of this or that probability are right.
 """
 
 import argparse
@@ -23,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import viz
 from air import AIR
-from evaluation import default_batch_size, evaluate, importance_bound, interval, seeded_rng
+from evaluation import default_batch_size, evaluate, importance_bound, interval, search_metrics, seeded_rng
 from inference import Inference, explain, infer
 from multi_mnist import Scenes, compose, load_digits, load_split
-from patches import find
+from patches import Found, find
 from training.checkpoint import build_air, read_checkpoint, read_reference, write_file
 from training.options import UsageError, one_line_errors
 
@@ -144,10 +145,12 @@ def probed(air: AIR, scenes: Scenes) -> tuple[dict, dict]:
     return {"sum": left + right, "ascending": left < right}, inputs
 
 
-def found_in(air: AIR, scenes: Scenes) -> np.ndarray:
-    seen = find(air, scenes.x[:20])
-    captions = [f"{true} → {found.count}" for true, found in zip(scenes.counts, seen)]
-    return viz.draw_scenes(scenes.x[:20], [found.boxes.cpu() for found in seen], captions)
+def reliability(seen: list[Found], counts: np.ndarray, temperature: float) -> list[tuple[float, float, int]]:
+    """Of the images whose count has a probability in each tenth: its mean, the share that is right, and how many."""
+    of_counts = [found.count_probs(temperature) for found in seen]
+    probs, guess = (np.array([f(row) for row in of_counts]) for f in (np.max, np.argmax))
+    parts = [part for part in (np.minimum((probs * 10).astype(int), 9) == i for i in range(10)) if part.any()]
+    return [(float(probs[part].mean()), float((guess == counts)[part].mean()), int(part.sum())) for part in parts]
 
 
 def repairs(air: AIR, scenes: Scenes) -> np.ndarray:
@@ -177,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         air, temperature = build_air(checkpoint, path), reference.temperature
         scenes, digits = load_split("test", data_dir), load_digits(False, data_dir)
         any_number = compose(*digits, UNLIKE, np.random.default_rng(0), air.image_size, 5)
+        seen = find(air, any_number.x)
         measured = {
             "step": checkpoint["step"],
             "representation": representation(air, *digits),
@@ -184,13 +188,18 @@ def main(argv: list[str] | None = None) -> None:
             "importance_bound_100": float(importance_bound(air, scenes).mean(dtype=float)),
             "localisation": localisation(infer_all(air, scenes.x), scenes),
             "more_digits": more_digits(air, digits, temperature),
-            "none_to_five_digits": counting(air, any_number, temperature),
+            "none_to_five_digits": search_metrics(seen, any_number.counts, temperature),
+            "reliability": reliability(seen, any_number.counts, temperature),
         }
         write_file(path.parent / "report.json", f"{json.dumps(measured, indent=1)}\n".encode())
-        write_file(path.parent / "unseen.png", viz.png(found_in(air, any_number)))
+        captions = [f"{true} → {found.count}" for true, found in zip(any_number.counts, seen)]
+        boxes = [found.boxes.cpu() for found in seen[:20]]
+        write_file(path.parent / "unseen.png", viz.png(viz.draw_scenes(any_number.x[:20], boxes, captions)))
+        reliable = viz.draw_reliability(*zip(*measured["reliability"]), "Scenes of 0 to 5 digits")
+        write_file(path.parent / "reliability.png", viz.png(reliable))
         five = compose(*digits, 20, np.random.default_rng(5), air.image_size, 5, min_digits=5)
         write_file(path.parent / "search.png", viz.png(repairs(air, five)))
-        print(f"report.json, unseen.png and search.png are in {path.parent}")
+        print(f"report.json, unseen.png, search.png and reliability.png are in {path.parent}")
 
 
 if __name__ == "__main__":
