@@ -54,7 +54,6 @@ def evaluate(
     measure_search: bool = False,
     temperature: float | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
 ) -> Evaluation:
     """Count accuracy, ELBO and the like on `scenes`, one sample of the guide per image.
 
@@ -68,7 +67,7 @@ def evaluate(
     """
     max_objects = max_objects or air.max_objects
     batch_size = batch_size or default_batch_size(air, max_objects)
-    with seeded_rng(air.z_where_loc.device, seed):
+    with seeded_rng(air.z_where_loc.device):
         batches, first = [], []
         for start in range(0, len(scenes.x), batch_size):
             x = scenes.x[start : start + batch_size]
@@ -230,17 +229,15 @@ def default_batch_size(air: AIR, max_objects: int) -> int:
     return max(1, BATCH_PIXELS // ((max_objects + 1) * air.image_size**2))
 
 
-def importance_bound(air: AIR, scenes: Scenes, samples: int = 100, seed: int = 0) -> np.ndarray:
+def importance_bound(air: AIR, scenes: Scenes, samples: int = 100) -> np.ndarray:
     """For each scene a lower bound on `log p(x)` in nats `[n]`: the log of the mean of `samples` importance weights.
 
     The weights are `p(x, z) / q(z | x)` at samples of the guide; with one of them it is the ELBO (Burda et
     al., ICLR 2016, arXiv:1509.00519).
     """
     batch_size, bounds = default_batch_size(air, air.max_objects), []
-    with seeded_rng(air.z_where_loc.device, seed):
-        for start in tqdm(
-            range(0, len(scenes.x), batch_size), "importance weights", unit_scale=batch_size, leave=False
-        ):
+    with seeded_rng(air.z_where_loc.device):
+        for start in tqdm(range(0, len(scenes.x), batch_size), "importance weights", leave=False):
             x = check_canvases(air, scenes.x[start : start + batch_size])
             log_weights = torch.stack([log_weight(*traces(air, x)) for _ in range(samples)])
             bounds.append(log_weights.logsumexp(0).cpu() - math.log(samples))
@@ -275,8 +272,8 @@ def baseline_r2(air: AIR, x: torch.Tensor) -> float | None:
 
 
 @contextmanager
-def seeded_rng(device: torch.device, seed: int = 0):
-    """Within it, PyTorch's random numbers start from `seed`; outside they go on as if nothing had been drawn."""
+def seeded_rng(device: torch.device):
+    """Within it, PyTorch's random numbers start from a seed; outside they go on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         yield
