@@ -2,19 +2,16 @@
 
     OMP_NUM_THREADS=1 python benchmarks/estimators.py
 
-The guide is the paper's RNN, the prior on the count a price of 6 nats an object. Each estimator is trained from the
-same start with each seed. The noise is measured at three points of one run (`POINTS_OF`, the first seed), for all at
-the same parameters and on the same scenes, so that all have the same mean: it is the trace of the covariance of the
-gradient of the network that chooses z_pres and z_where (`attend`), in units of the squared length of the mean. A
-baseline is first trained for FIT updates at those parameters (but not at update 0: there it knows nothing).
-What is measured is kept in --out; what is there is not measured again.
+The guide is the paper's RNN; an object costs 6 nats. Each estimator is trained with each seed. The noise is measured at
+three points of one run (`POINTS_OF`, the first seed), for all at the same parameters and on the same scenes, so that
+all have the same mean: it is the trace of the covariance of the gradient of the network that chooses z_pres and
+z_where (`attend`), over the squared length of the mean. The other baseline is first trained for FIT updates at those
+parameters (but not at update 0: there it knows nothing). What is kept in --out is not measured again.
 """
 
 import argparse
 import json
-import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -50,33 +47,30 @@ ESTIMATORS = {
     "gains, baseline": (AIR, "rnn", TraceGraph_ELBO),
     "summed out": (AIR, "none", TraceEnum_ELBO),
 }
-POINTS_OF = "gains, baseline"
-BATCH, FIT = 64, 200  # scenes in a mini-batch; updates of a baseline before the noise is measured
+POINTS_OF, BATCH, FIT = "gains, baseline", 64, 200
 
 
 def make(name: str, seed: int = 0, rate: float = 2e-3) -> tuple[AIR, SVI]:
     kind, baseline, elbo = ESTIMATORS[name]
     pyro.set_rng_seed(seed)
     pyro.clear_param_store()
-    air = kind(guide="rnn", baseline=baseline, count_ratio=math.exp(-6))
+    air = kind(guide="rnn", baseline=baseline, count_ratio=float(np.exp(-6)))
     adam = pyro.optim.Adam(lambda name: {"lr": 1e-2 if "baseline" in name else rate})
     guide = config_enumerate(air.guide) if elbo is TraceEnum_ELBO else air.guide
     return air, SVI(air.model, guide, adam, elbo(max_plate_nesting=1))
 
 
-def train(name: str, seed: int, x: torch.Tensor, scenes, args) -> list[tuple[int, float, float]]:
-    """Update, seconds of CPU time and accuracy on the scenes, at 17 evaluations. Keeps some parameters in --out."""
-    (air, svi), n, seconds, lines = make(name, seed), args.num_updates, 0.0, []
+def train(name: str, seed: int, x: torch.Tensor, scenes, args) -> list[tuple[int, float]]:
+    """Updates and accuracies on the scenes, at 17 evaluations. Keeps some parameters in --out."""
+    (air, svi), n, lines = make(name, seed), args.num_updates, []
     for update in range(n + 1):
         if update in (0, n // 4, n) and (name, seed) == (POINTS_OF, args.seeds[0]):
             torch.save(air.state_dict(), args.out / f"{update}.pt")
         if update % max(1, n // 16) == 0:
-            right = np.mean(infer(air, scenes.x[:2000]).counts.numpy() == scenes.counts[:2000])
-            lines.append((update, seconds, float(right)))
-        started = time.process_time()
+            right = infer(air, scenes.x[:2000]).counts.numpy() == scenes.counts[:2000]
+            lines.append((update, right.mean().item()))
         svi.step(x[torch.randint(len(x), (BATCH,))].float() / 255)
-        seconds += time.process_time() - started
-    print(f"{name}, seed {seed}: " + ", ".join(f"{right:.1%}" for *_, right in lines), flush=True)
+    print(f"{name}, seed {seed}: " + ", ".join(f"{right:.1%}" for _, right in lines), flush=True)
     return lines
 
 
@@ -84,7 +78,7 @@ def gradients(name: str, parameters: dict, x: torch.Tensor, draws: int, batches:
     """Gradients of `attend` on a mini-batch, `[draws, parameters]`; batches: for a baseline to learn from before."""
     air, svi = make(name, rate=0.0)
     air.load_state_dict(parameters, strict=False)  # without a baseline, if they have none
-    for batch in batches if air.baseline else ():
+    for batch in batches if air.baseline and name != POINTS_OF else ():
         svi.step(batch.float() / 255)
     rows = []
     for _ in range(draws):
@@ -95,15 +89,12 @@ def gradients(name: str, parameters: dict, x: torch.Tensor, draws: int, batches:
 
 
 def noise(parameters: dict, x: torch.Tensor, draws: int, batches: torch.Tensor) -> dict[str, tuple[float, float]]:
-    """For each estimator the trace of the covariance over the squared length of the mean, and its standard error.
-
-    The last one, summed out, knows the mean best; its squared length is overestimated by the mean's own variance.
-    """
+    """For each estimator its noise and the standard error of that; the last one, summed out, knows the mean best."""
     spreads = {}
     for name in ESTIMATORS:
         rows = gradients(name, parameters, x, draws, batches)
         spreads[name] = (rows - rows.mean(0)).square().sum(1) * draws / (draws - 1)
-    signal = rows.mean(0).square().sum() - spreads[name].mean() / draws
+    signal = rows.mean(0).square().sum() - spreads[name].mean() / draws  # less the mean's own variance
     return {k: ((v.mean() / signal).item(), (v.std() / draws**0.5 / signal).item()) for k, v in spreads.items()}
 
 
@@ -115,10 +106,9 @@ def draw(runs: dict, measured: dict) -> np.ndarray:
         height, error = np.array([row[name] for row in measured.values()]).T
         bars.bar(np.arange(len(measured)) + 0.16 * (i - 2), height, 0.15, yerr=error, color=f"C{i}", capsize=2)
         for k, lines in enumerate(by_seed):
-            updates, _, right = zip(*lines)
-            curves.plot(updates, 100 * np.array(right), color=f"C{i}", lw=1.3, label=None if k else name)
-    bars.set(yscale="log", xticks=range(len(measured)), xticklabels=[f"update {point}" for point in measured])
-    bars.set(title="noise: variance / squared mean")
+            curves.plot(*np.array(lines).T * [[1], [100]], color=f"C{i}", lw=1.3, label=None if k else name)
+    names = [f"update {point}" for point in measured]
+    bars.set(yscale="log", xticks=range(len(measured)), xticklabels=names, title="noise: variance / squared mean")
     curves.set(xlabel="update", ylabel="% counted right", ylim=(0, 101), title="accuracy, a line for each seed")
     figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return viz.render(figure)
@@ -127,7 +117,7 @@ def draw(runs: dict, measured: dict) -> np.ndarray:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare five gradient estimators.", allow_abbrev=False)
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="(default: 0 to 2)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 to 2)")
     add("-n", "--num-updates", type=int, default=800, help="of each run (default: %(default)s)")
     add("--draws", type=int, default=200, help="gradients from which the noise is estimated (default: %(default)s)")
     add("--out", type=Path, default=Path("runs/estimators"), help="(default: runs/estimators)")
@@ -136,19 +126,16 @@ def main(argv: list[str] | None = None) -> None:
     pyro.enable_validation(False)
     args.out.mkdir(parents=True, exist_ok=True)
     x, scenes = torch.from_numpy(load_split("train").x), load_split("validation")
-    file = args.out / "measured.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
 
     def measure(key: str, function, *arguments):
-        if key not in known:
-            known[key] = function(*arguments)
-            file.write_text(json.dumps(known))
-        return known[key]
+        if not (file := args.out / f"{key}.json").exists():
+            file.write_text(json.dumps(function(*arguments)))
+        return json.loads(file.read_text())
 
-    runs = {name: [] for name in ESTIMATORS}
-    for seed in args.seeds:
-        for name in ESTIMATORS:
-            runs[name].append(measure(f"{name}, seed {seed}", train, name, seed, x, scenes, args))
+    runs = {
+        name: [measure(f"{name}, seed {seed}", train, name, seed, x, scenes, args) for seed in args.seeds]
+        for name in ESTIMATORS
+    }
     pyro.set_rng_seed(0)
     measured, batches = {}, x[torch.randint(len(x), (FIT, BATCH))]
     for point in (0, args.num_updates // 4, args.num_updates):
