@@ -125,7 +125,7 @@ def find(air: AIR, images: Sequence[np.ndarray | Tensor], moves: int = MOVES, se
     xs = [pad(x, (0, max(0, side - x.shape[1]), 0, max(0, side - x.shape[0]))) for x in xs]
     found = [Objects(*(x.new_zeros(0, *shape) for shape in ((3,), *2 * [(air.z_what_size,)], ()))) for x in xs]
     cells, evidence = [None] * len(xs), [None] * len(xs)
-    with evaluating(air), tqdm(unit="patch", leave=False, delay=3) as bar:
+    with evaluating(air), tqdm(unit="patch", leave=False, delay=3, disable=None) as bar:
         for sweep in range(1 + SWEEPS):
             # One search is enough for a single cell.
             todo = [i for i, x in enumerate(xs) if sweep < 2 or max(x.shape) > side]
