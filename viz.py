@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 
 DPI = 110  # pixels to an inch
 # The steps' boxes: the paper's colours, and kinds of lines for readers who cannot tell colours apart.
-COLOURS = ["red", "limegreen", "deepskyblue", "orange", "magenta", "yellow"]
-BOX_STYLES = cycler(ec=COLOURS, ls=["-", "--", ":", "-.", "-", "--"])
+COLOURS = ["red", "limegreen", "deepskyblue", "orange", "magenta", "yellow", "mediumpurple", "tan"]
+BOX_STYLES = cycler(ec=COLOURS, ls=2 * ["-", "--", ":", "-."])
 TIMEOUT = 3, 5  # seconds that a visdom server has to accept a connection, and to answer
 URL_EXAMPLE = "http://user:password@host:8097/base (in a password, / is written as %2F, ? as %3F, # as %23)"
 
