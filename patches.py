@@ -163,7 +163,7 @@ def divide(length: int, sweep: int, side: int, window: float) -> Axis:
     for corner in corners:
         turns.append(next((turn for turn, end in enumerate(ends) if end <= corner), len(ends)))
         ends[turns[-1] : turns[-1] + 1] = [corner + side]
-    edges[0], edges[-1] = -FAR * side, FAR * side  # The centre of what is cut by the border may lie beyond it.
+    edges[0], edges[-1] = -side / 2, length + side / 2  # The centre of what is cut by the border may lie beyond it.
     return Axis(edges, corners, turns)
 
 
