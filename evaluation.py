@@ -72,7 +72,7 @@ def evaluate(
         for start in range(0, len(scenes.x), batch_size):
             x = scenes.x[start : start + batch_size]
             seen = infer(air, x, max_objects=max_objects)
-            batches.append((seen.counts, seen.count_evidence.argmax(-1), seen.log_weight, seen.boxes))
+            batches.append((seen.counts, seen.count_probs.argmax(-1), seen.log_weight, seen.boxes))
             if start < KEPT_WHOLE:
                 first.append([part[: KEPT_WHOLE - start].cpu().numpy() for part in seen])
         r2 = None if air.baseline is None else baseline_r2(air, check_canvases(air, scenes.x[:batch_size]))

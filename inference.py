@@ -1,8 +1,9 @@
 """What is on canvases: the guide proposes, the model decides.
 
 One run of the guide (`infer`) is what training needs and what the literature reports. It gets one try: a window that it
-lays across two objects stays there. The model can tell that this explains the image badly, so `explain` asks it, again
+lays across two objects stays there. The model can tell that this explains the image badly, so `search` asks it, again
 and again: objects are taken off, the guide proposes others for what is then left, and what has more evidence is kept.
+`patches.find` searches images of any size with it.
 """
 
 import math
@@ -19,12 +20,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Normal
 
-from air import AIR, MAX_OBJECTS, Slot
+from air import AIR, Slot
 from modules import Look, image_to_object, pose_to_box, pose_to_place
 
 MOVES = 100  # at most, for an image
 PATIENCE = 6  # An image is done after this many moves without gain, for each of its objects and one more.
-MOST_OBJECTS = 8  # that are looked for, if not more in training: the residual guide finds more than it was shown
 # A pair of objects whose centres are less than CLOSE usual windows apart costs CROWDING nats more than two others, or
 # pieces of one object would pass for several.
 CROWDING, CLOSE = 8.0, 0.6
@@ -35,12 +35,11 @@ TOGETHER = 32  # Always so many images are computed at once: rounding depends on
 
 
 class Inference(NamedTuple):
-    """What AIR sees in `n` images. A step t was used where `t < counts`."""
+    """What one sample of the guide sees on `n` canvases. A step t was used where `t < counts`."""
 
     counts: Tensor  # int64 [n], the number of objects
-    count_evidence: Tensor  # [n, T + 1], nats; `infer`: log q(count), `explain`: the most evidence seen for each count
-    log_weight: Tensor  # [n], log p(x, z) - log q(z | x) in nats; of one sample each, its mean is the ELBO
-    explained: Tensor  # [n], the share of the image's ink (its squared pixels) that the reconstruction accounts for
+    count_probs: Tensor  # [n, T + 1], q(count)
+    log_weight: Tensor  # [n], log p(x, z) - log q(z | x) in nats; its mean is the ELBO
     z_where: Tensor  # [n, T, 3], poses [s, x, y]; see modules.py for their units
     z_what: Tensor  # [n, T, z_what_size], codes
     z_what_mean: Tensor  # [n, T, z_what_size], the means of q(z_what_t | x, z_where_t)
@@ -50,10 +49,6 @@ class Inference(NamedTuple):
     canvases: Tensor  # [n, T + 1, h, h], the reconstruction with 0, 1, .. T objects
     reconstruction: Tensor  # [n, h, h], the one with `counts` objects
 
-    def count_probs(self, temperature: float = 1.0) -> Tensor:
-        """The probability of each count, `[n, T + 1]`; `evaluation.calibrate` says which temperature to take."""
-        return torch.softmax(self.count_evidence / temperature, -1)
-
 
 class Explanation(NamedTuple):
     """One set of objects for each of `n` images, the first `counts` of T; and what was learned on the way to it."""
@@ -61,7 +56,6 @@ class Explanation(NamedTuple):
     counts: Tensor  # int64 [n]
     z_where: Tensor  # [n, T, 3]
     z_what: Tensor  # [n, T, z_what_size]
-    z_what_mean: Tensor  # [n, T, z_what_size]
     painted: Tensor  # [n, T, h, h]
     weight: Tensor  # [n, T], log p(z_where_t, z_what_t) - log q(z_where_t, z_what_t), less `AIR.price`
     evidence: Tensor  # [n], log p(x | z) and the sum of weights, less CROWDING for each close pair
@@ -80,60 +74,33 @@ class View(NamedTuple):
 
 @torch.no_grad()
 def infer(air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None) -> Inference:
-    """What one sample of the guide finds on the canvases `x`; see `explain` for the arguments and errors."""
-    x, most = check_canvases(air, x), max_objects or air.max_objects
-    guide, model = traces(air, x, most)
-    slots = guide.nodes["_RETURN"]["value"]
-    p, z_pres, z_where, z_what, z_what_mean, _ = by_step(slots)
-    # q(n) = (more, n times) * (then no more); after T steps it is over for sure.
-    ones = torch.ones_like(p[:, :1])
-    q_count = torch.cat([ones, p.cumprod(1)], 1) * torch.cat([1 - p, ones], 1)
-    codes = z_where, z_what, z_what_mean
-    return describe(air, x, z_pres.sum(1).long(), q_count.log(), log_weight(guide, model), *codes)
-
-
-@torch.no_grad()
-def explain(
-    air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None, moves: int = MOVES, seed: int = 0
-) -> Inference:
-    """The best explanation that was found of the canvases `x` `[n, h, h]`, floats in [0, 1] or uint8, light on black
+    """What one sample of the guide finds on the canvases `x` `[n, h, h]`, floats in [0, 1] or uint8, light on black
     (`images.to_canvas` makes them so).
 
-    An explanation is a set of objects z; its evidence is
-    `log p(x | z) + sum_t (log p(z_t) - log q(z_t)) - CROWDING * (number of close pairs)`: an importance weight,
-    which compares explanations with different numbers of objects. The prior on the set is that of a Strauss process: a
-    strict price for what is close to another object, a low one for what stands alone, or a thin digit would be left
-    out. A search goes through explanations, from that of the greedy guide on (`moves=0`). A
-    move takes some objects off, lets the guide propose two for the canvas that remains, then each of the two again,
-    now that the other is known. Of what this gives, and what there was, it keeps what has the most evidence.
-    What is taken off, and where the guide then looks, is one of four, in turn:
-
-    1. each object with a chance of TAKEN_OFF; at the peaks of the residual, or a little beside them, as in 2 and 3;
-    2. an object and its nearest neighbour; at the peaks;
-    3. the same; at their own places;
-    4. one object; on both sides of its place. This finds two objects that lie under one window.
-
-    max_objects: T, the most objects that can be found, if not `most_objects`.
-    moves: how many at most; an image that nothing was gained for in a while is done before, see PATIENCE.
-    seed: of the chances above, which are the same for all images: what is found in one does not depend on others.
-
-    It is a search, not a sampler: `q(z_t)` is the density with which an object was proposed, on the canvas of that
-    time; moves that lose evidence are never made; and one draw of the codes' noise stands for all. The idea of
-    inferring a few objects again, given the others, is that of amortized population Gibbs (Wu et al., ICML 2020).
-    The RNN guide has a memory, and cannot begin from any canvas: a move is one more sample of all objects.
-    Raises ValueError for what cannot be canvases.
+    max_objects: T, the most objects that can be found, if not as many as in training. Raises ValueError for what cannot
+    be canvases.
     """
-    most = most_objects(air) if max_objects is None else max_objects
-    if not 1 <= most <= MAX_OBJECTS or moves < 0:
-        raise ValueError(f"max_objects must be from 1 to {MAX_OBJECTS}, and moves at least 0: {most}, {moves}")
     x = check_canvases(air, x)
-    edges = x.new_tensor([-math.inf, -math.inf, math.inf, math.inf]).expand(len(x), 4)
-    view = View(x, torch.zeros_like(x), x.new_zeros(len(x), 0, 2), edges)
+    guide, model = traces(air, x, max_objects)
+    p, z_pres, z_where, z_what, z_what_mean, canvases = by_step(guide.nodes["_RETURN"]["value"])
+    ones, counts = torch.ones_like(p[:, :1]), z_pres.sum(1).long()
+    canvases = torch.cat([torch.zeros_like(x)[:, None], canvases], 1)
     with evaluating(air):
-        found = search(air, view, most, moves, seed)
-        shown = x, found.counts, found.count_evidence, found.evidence, found.z_where, found.z_what, found.z_what_mean
-        parts = [describe(air, *(part[group] for part in shown)) for group in padded(torch.arange(len(x)), TOGETHER)]
-        return Inference(*(torch.cat(part)[: len(x)] for part in zip(*parts)))
+        y_att = torch.stack([air.decode(code) for code in z_what.unbind(1)], 1)
+    return Inference(
+        counts=counts,
+        # q(n) = (more, n times) * (then no more); after T steps it is over for sure.
+        count_probs=torch.cat([ones, p.cumprod(1)], 1) * torch.cat([1 - p, ones], 1),
+        log_weight=log_weight(guide, model),
+        z_where=z_where,
+        z_what=z_what,
+        z_what_mean=z_what_mean,
+        boxes=pose_to_box(z_where, air.image_size),
+        x_att=torch.stack([image_to_object(pose, x[:, None], air.window_size)[:, 0] for pose in z_where.unbind(1)], 1),
+        y_att=y_att,
+        canvases=canvases,
+        reconstruction=canvases[torch.arange(len(x), device=x.device), counts],
+    )
 
 
 def search(
@@ -146,9 +113,31 @@ def search(
     patience: int | None = None,
     together: int | None = None,
 ) -> Explanation:
-    """The best explanations of `view` with at most `most` objects, see `explain`.
+    """The best explanations of `view` with at most `most` objects that were found.
 
-    found: what to begin with, if not with the greedy guide. patience, together: if not PATIENCE and TOGETHER.
+    An explanation is a set of objects z; its evidence is
+    `log p(x | z) + sum_t (log p(z_t) - log q(z_t)) - CROWDING * (number of close pairs)`: an importance weight,
+    which compares explanations with different numbers of objects. The prior on the set is that of a Strauss process: a
+    strict price for what is close to another object, a low one for what stands alone, or a thin digit would be left
+    out. A search goes through explanations, from `found` on, or from that of the greedy guide (`moves=0`). A
+    move takes some objects off, lets the guide propose two for the canvas that remains, then each of the two again,
+    now that the other is known. Of what this gives, and what there was, it keeps what has the most evidence.
+    What is taken off, and where the guide then looks, is one of four, in turn:
+
+    1. each object with a chance of TAKEN_OFF; at the peaks of the residual, or a little beside them, as in 2 and 3;
+    2. an object and its nearest neighbour; at the peaks;
+    3. the same; at their own places;
+    4. one object; on both sides of its place. This finds two objects that lie under one window.
+
+    moves: how many at most; an image is done before, after `patience` (PATIENCE) moves without gain for each object
+        and one more.
+    seed: of the chances above, which are the same for all images: what is found in one does not depend on others.
+    together: how many images are computed at once (TOGETHER).
+
+    It is a search, not a sampler: `q(z_t)` is the density with which an object was proposed, on the canvas of that
+    time; moves that lose evidence are never made; and one draw of the codes' noise stands for all. The idea of
+    inferring a few objects again, given the others, is that of amortized population Gibbs (Wu et al., ICML 2020).
+    The RNN guide has a memory, and cannot begin from any canvas: a move is one more sample of all objects.
     """
     n, rng = len(view.x), torch.Generator().manual_seed(seed)
     patience, together = patience or PATIENCE, together or TOGETHER
@@ -180,11 +169,6 @@ def some(parts: NamedTuple, index: Tensor) -> NamedTuple:
     return type(parts)(*(part[index] for part in parts))
 
 
-def most_objects(air: AIR) -> int:
-    """How many are looked for: as many as in training, or MOST_OBJECTS if that is more and the guide has no memory."""
-    return max(MOST_OBJECTS, air.max_objects) if air.sees_residual else air.max_objects
-
-
 def padded(index: Tensor, size: int) -> list[Tensor]:
     """Groups of some size; the last is filled up with its own first ones."""
     return [group[torch.arange(size, device=index.device) % len(group)] for group in index.split(size)]
@@ -199,7 +183,7 @@ def whole(air: AIR, view: View, most: int, given: Messenger) -> Explanation:
 
 def explanation(air: AIR, view: View, objects: Sequence[Tensor], used: Tensor) -> Explanation:
     """The one of the objects (the fields z_where to weight) that are used, bool `[n, T]`."""
-    canvas = view.canvas + (objects[3] * used[..., None, None]).sum(1)
+    canvas = view.canvas + (objects[2] * used[..., None, None]).sum(1)
     evidence = Normal(canvas, air.likelihood_sd).log_prob(view.x).sum((1, 2)) + (objects[-1] * used).sum(1)
     evidence = evidence - CROWDING * close_pairs(objects[0], used[:, None], view.around, 2 / air.z_where_loc[0])[:, 0]
     counts = used.sum(1)
@@ -217,7 +201,7 @@ def used_first(objects: Sequence[Tensor], used: Tensor) -> list[Tensor]:
 def take_off(
     found: Explanation, move: int, uniform: Tensor, noise: Tensor, window: float, within: Tensor
 ) -> tuple[Tensor, list[Look]]:
-    """Which objects stay, bool `[n, T]`, and where to look for two others: one of the four kinds of `explain`."""
+    """Which objects stay, bool `[n, T]`, and where to look for two others: one of the four kinds of `search`."""
     n, most = found.weight.shape
     slots, images = torch.arange(most, device=uniform.device), torch.arange(n, device=uniform.device)
     used = slots < found.counts[:, None]
@@ -244,18 +228,18 @@ def take_off(
 def propose_again(
     air: AIR, view: View, found: Explanation, kept: Tensor, looks: list[Look], given: Messenger
 ) -> Explanation:
-    """The best of what can be made of the objects that are kept and two that the guide proposes, see `explain`."""
+    """The best of what can be made of the objects that are kept and two that the guide proposes, see `search`."""
     canvas = view.canvas + (found.painted * kept[..., None, None]).sum(1)
     _, *two, after_two = propose(air, view, canvas, 2, looks, given)
-    places, painted = pose_to_place(two[0]), two[3]
+    places, painted = pose_to_place(two[0]), two[2]
     _, *first, after_first = propose(air, view, canvas + painted[:, 1], 1, [Look(places[:, 0])], given)
-    _, *second, after_second = propose(air, view, canvas + first[3][:, 0], 1, [Look(places[:, 1])], given)
+    _, *second, after_second = propose(air, view, canvas + first[2][:, 0], 1, [Look(places[:, 1])], given)
     log_likelihood = torch.cat([after_two, after_first[:, 1:], after_second[:, 1:]], 1)
     # Of the two, and the two again: none, the first, both, the first again and the second, both again.
     choices = [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     choices = torch.tensor(choices, dtype=torch.bool, device=canvas.device).expand(len(canvas), -1, -1)
     used = torch.cat([kept[:, None].expand(-1, 5, -1), choices], -1)
-    objects = [torch.cat(parts, 1) for parts in zip(found[1:6], two, first, second)]
+    objects = [torch.cat(parts, 1) for parts in zip(found[1:5], two, first, second)]
     counts, most = used.sum(-1), kept.shape[1]
     evidence = log_likelihood + (objects[-1][:, None] * used).sum(-1)
     evidence = evidence - CROWDING * close_pairs(objects[0], used, view.around, 2 / air.z_where_loc[0])
@@ -286,7 +270,7 @@ def propose(air: AIR, view: View, canvas: Tensor, most: int, looks: list[Look], 
     `Explanation` from z_where to weight, and `log p(x | z)` after none, one, .. of the objects, `[n, most + 1]`."""
     with given, pyro.validation_enabled(False):
         guide, model = traces(air, view.x, most, canvas, looks)
-    _, z_pres, *objects, canvases = by_step(guide.nodes["_RETURN"]["value"])
+    _, z_pres, z_where, z_what, _, canvases = by_step(guide.nodes["_RETURN"]["value"])
     painted = canvases - torch.cat([canvas[:, None], canvases[:, :-1]], 1)
 
     def log_prob(trace: poutine.Trace, name: str) -> Tensor:
@@ -294,10 +278,10 @@ def propose(air: AIR, view: View, canvas: Tensor, most: int, looks: list[Look], 
 
     weight = sum(log_prob(model, name) - log_prob(guide, name) for name in ("z_where", "z_what")) - air.price
     # Wherever an object lies, it is as probable as in the middle.
-    weight = weight + (objects[0][..., 1:] / air.z_where_scale[1:]).square().sum(-1) / 2
-    weight = weight - OUTSIDE * ~is_within(view, objects[0])
+    weight = weight + (z_where[..., 1:] / air.z_where_scale[1:]).square().sum(-1) / 2
+    weight = weight - OUTSIDE * ~is_within(view, z_where)
     gains = torch.cat([model.nodes["empty"]["log_prob"][:, None], log_prob(model, "gain")], 1)
-    return z_pres, *objects, painted, weight, gains.cumsum(1)
+    return z_pres, z_where, z_what, painted, weight, gains.cumsum(1)
 
 
 def is_within(view: View, z_where: Tensor) -> Tensor:
@@ -374,31 +358,6 @@ def log_weight(guide: poutine.Trace, model: poutine.Trace) -> Tensor:
         sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site) for trace in (model, guide)
     )
     return log_p - log_q
-
-
-def describe(
-    air: AIR, x: Tensor, counts: Tensor, count_evidence: Tensor, log_weight: Tensor, z_where: Tensor, *codes: Tensor
-) -> Inference:
-    """What these poses and codes mean for the canvases `x`; `codes` are z_what and z_what_mean."""
-    painted = torch.stack([air.paint(*step) for step in zip(z_where.unbind(1), codes[0].unbind(1))], 1)
-    canvases = torch.cat([torch.zeros_like(x)[:, None], painted.cumsum(1)], 1)
-    reconstruction = canvases[torch.arange(len(x), device=x.device), counts]
-    error, ink = ((part**2).sum((1, 2)) for part in (x - reconstruction, x))
-    crops = [image_to_object(pose, x[:, None], air.window_size)[:, 0] for pose in z_where.unbind(1)]
-    return Inference(
-        counts=counts,
-        count_evidence=count_evidence,
-        log_weight=log_weight,
-        explained=1 - (error / ink.clamp(min=1e-6)).clamp(max=1),
-        z_where=z_where,
-        z_what=codes[0],
-        z_what_mean=codes[1],
-        boxes=pose_to_box(z_where, air.image_size),
-        x_att=torch.stack(crops, 1),
-        y_att=torch.stack([air.decode(code) for code in codes[0].unbind(1)], 1),
-        canvases=canvases,
-        reconstruction=reconstruction,
-    )
 
 
 def check_canvases(air: AIR, x: Tensor | np.ndarray) -> Tensor:

@@ -1,7 +1,7 @@
 """What is in images of any size: patch by patch, each as large as a canvas in training.
 
 A large image is divided into cells, and around each lies a patch, which is a canvas to AIR. The objects whose centres
-are in the cell are inferred there by the search of `inference.explain`, given what lies around. First the guide goes
+are in the cell are inferred there by the search of `inference.search`, given what lies around. First the guide goes
 once through all cells, then the search, several times, with the cells laid in another way each time: what was at the
 border between two cells then lies within one. Patches that do not overlap are searched together. Memory grows with
 the image and with the number of objects, not with their product; time grows with the number of objects.
@@ -27,13 +27,13 @@ from inference import (
     check_values,
     evaluating,
     explanation,
-    most_objects,
     search,
     some,
 )
 from modules import MIN_SCALE, pose_to_place
 
 SWEEPS = 2  # of the search
+MOST_OBJECTS = 8  # that are looked for in a cell, if not more in training
 ROOM = 1.0  # usual windows that a patch is larger than its cell, for the windows of objects at the cell's border
 CELL = 2.2  # usual windows that a cell may be long: few objects lie in it
 PATIENCE, TOGETHER = 3, 16  # See inference.py; for the images that have several cells.
@@ -46,7 +46,6 @@ class Objects(NamedTuple):
 
     poses: Tensor  # [k, 3]: s, as in `z_where`, and the window's centre (x, y) in pixels
     z_what: Tensor  # [k, z_what_size], codes
-    z_what_mean: Tensor  # [k, z_what_size]
     weight: Tensor  # [k], see `inference.Explanation`
 
     def at(self, index: Tensor) -> "Objects":
@@ -62,7 +61,7 @@ class Found(NamedTuple):
     losses: Tensor  # [k], nats of evidence that would be lost without each
     cell: Tensor  # int64 [k], the cell that each lies in
     cell_evidence: Tensor  # [cells, T + 1], nats: for each cell the most evidence seen for each count of objects in it
-    log_weight: float  # the evidence in nats, see `inference.explain`; that of black pixels, known to be so, is 0
+    log_weight: float  # the evidence in nats, see `inference.search`; that of black pixels, known to be so, is 0
     explained: float  # the share of the image's ink (its squared pixels) that the reconstruction accounts for
     reconstruction: Tensor  # [h, w]
 
@@ -110,12 +109,15 @@ class Patch(NamedTuple):
 
 @torch.no_grad()
 def find(air: AIR, images: Sequence[np.ndarray | Tensor], moves: int = MOVES, seed: int = 0) -> list[Found]:
-    """What is in images `[h, w]` of any sizes, floats in [0, 1] or uint8, light on black; see `inference.explain`.
+    """What is in images `[h, w]` of any sizes, floats in [0, 1] or uint8, light on black (`images.to_canvas` makes them
+    so): the best explanations that were found.
 
-    In an image that is not larger than a canvas it is what `explain` finds. What is found in an image does not depend
-    on others. Raises ValueError for what cannot be such images; the RNN guide takes none that are larger than a canvas.
+    moves: of the search in a cell, how many at most, see `inference.search`; with 0 it is what the greedy guide finds.
+    seed: of its random numbers, which are the same for all images: what is found in one does not depend on others.
+    With the residual guide a cell can have up to MOST_OBJECTS objects, or as many as in training if that is more.
+    Raises ValueError for what cannot be such images; the RNN guide takes none that are larger than a canvas.
     """
-    side, most = air.image_size, most_objects(air)
+    side, most = air.image_size, max(MOST_OBJECTS, air.max_objects) if air.sees_residual else air.max_objects
     xs = [check_values(air, image) for image in images]
     if wrong := [list(x.shape) for x in xs if x.dim() != 2]:
         raise ValueError(f"an image has shape {wrong[0]}, expected [h, w]")
@@ -123,7 +125,7 @@ def find(air: AIR, images: Sequence[np.ndarray | Tensor], moves: int = MOVES, se
         raise ValueError(f"the RNN guide sees canvases of {side}x{side} pixels, not {list(larger[0].shape)}")
     # Black on the right and below, if it is smaller than a canvas.
     xs = [pad(x, (0, max(0, side - x.shape[1]), 0, max(0, side - x.shape[0]))) for x in xs]
-    found = [Objects(*(x.new_zeros(0, *shape) for shape in ((3,), *2 * [(air.z_what_size,)], ()))) for x in xs]
+    found = [Objects(*(x.new_zeros(0, *shape) for shape in ((3,), (air.z_what_size,), ()))) for x in xs]
     cells, evidence = [None] * len(xs), [None] * len(xs)
     with evaluating(air), tqdm(unit="patch", leave=False, delay=3, disable=None) as bar:
         for sweep in range(1 + SWEEPS):
@@ -197,7 +199,7 @@ def search_patches(air, xs, cells, found, evidence, patches, look, afresh) -> No
     canvas = (paint(air, objects) * there[..., None, None]).sum(1)
     view = View(x, canvas, pose_to_place(objects.poses).where(there[..., None], FAR), within)
     objects, used = stacked(free, most)
-    start = explanation(air, view, [*objects[:3], paint(air, objects), objects.weight], used)
+    start = explanation(air, view, [*objects[:2], paint(air, objects), objects.weight], used)
     # Where nothing is left to explain, nothing can be gained.
     left = (x - canvas).square().sum((1, 2)) / (2 * air.likelihood_sd**2)
     todo = (used.any(1) | (left > air.price)).nonzero()[:, 0]
@@ -209,9 +211,7 @@ def search_patches(air, xs, cells, found, evidence, patches, look, afresh) -> No
             z_where = seen.z_where[row, used]
             places = (pose_to_place(z_where) + 1) * side / 2 + corners[j]
             poses = torch.cat([z_where[:, :1], places], 1)
-            new[patch.image].append(
-                Objects(poses, *(part[row, used] for part in (seen.z_what, seen.z_what_mean, seen.weight)))
-            )
+            new[patch.image].append(Objects(poses, seen.z_what[row, used], seen.weight[row, used]))
             evidence[patch.image][patch.row, patch.column] = seen.count_evidence[row]
         for image, parts in new.items():
             parts = [found[image].at(stay[image]), *parts]

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import viz
 from air import AIR
 from evaluation import default_batch_size, evaluate, importance_bound, interval, search_metrics, seeded_rng
-from inference import Inference, explain, infer
+from inference import Inference, infer
 from multi_mnist import Scenes, compose, load_digits, load_split
 from patches import Found, find
 from training.checkpoint import build_air, read_checkpoint, read_reference, write_file
@@ -155,15 +155,15 @@ def reliability(seen: list[Found], counts: np.ndarray, temperature: float) -> li
 
 def repairs(air: AIR, scenes: Scenes) -> np.ndarray:
     """Three scenes that the greedy guide counts wrong and the search right: the moves that helped."""
-    steps = [explain(air, scenes.x, moves=moves) for moves in range(MOVES_SHOWN + 1)]
-    counts, evidence = (np.stack([getattr(s, name).cpu() for s in steps]) for name in ("counts", "log_weight"))
+    steps = [find(air, scenes.x, moves) for moves in range(MOVES_SHOWN + 1)]
+    counts, evidence = (np.array([[getattr(f, name) for f in s] for s in steps]) for name in ("count", "log_weight"))
     mended = np.flatnonzero((counts[0] != scenes.counts) & (counts[-1] == scenes.counts))[:3]
     pictures, boxes, captions = [], [], []
     for i in mended:
         better = [0, *(m for m in range(1, MOVES_SHOWN + 1) if evidence[m, i] > evidence[m - 1, i] + 1)]
         for m in [*better[:7], *[better[-1]] * 8][:8]:  # the last one fills the row
             pictures.append(scenes.x[i])
-            boxes.append(steps[m].boxes[i, : counts[m, i]].cpu().numpy())
+            boxes.append(steps[m][i].boxes.cpu().numpy())
             captions.append(f"move {m}: {counts[m, i]} ({evidence[m, i]:.0f})")
     return viz.draw_scenes(pictures, boxes, captions, 8, "After which move: how many objects (evidence, nats)")
 

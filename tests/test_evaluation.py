@@ -34,7 +34,7 @@ def test_the_numbers_are_what_they_are_called(air, scenes):
     torch.manual_seed(0)
     seen = Inference(*map(torch.cat, zip(infer(air, x[:50]), infer(air, x[50:]))))
     counts, searched = seen.counts.numpy(), find(air, x)
-    guesses = counts, seen.count_probs().argmax(1).numpy(), np.array([found.count for found in searched])
+    guesses = counts, seen.count_probs.argmax(1).numpy(), np.array([found.count for found in searched])
     ways = [result[f"count_accuracy{way}"] for way in ("", "_mode", "_search")]
     assert ways == [np.mean(guess == true) for guess in guesses]
     assert result.items() >= evaluation.search_metrics(searched, true, 2.0).items()

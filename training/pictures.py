@@ -76,7 +76,7 @@ def draw(air: AIR, split: str, scenes: Scenes, evaluation: Evaluation, lines: li
 
     title = f"{split_scenes}, step by step: what was seen (crop), what was painted (object), the canvas after it"
     few = np.argsort(first.counts == 0, kind="stable")[:6]  # if possible, such with something in them
-    steps = first.boxes, first.counts, first.x_att, first.y_att, first.canvases, np.exp(first.count_evidence)
+    steps = first.boxes, first.counts, first.x_att, first.y_att, first.canvases, first.count_probs
     pictures["steps"] = viz.draw_steps(x[few], *(part[few] for part in steps), title=title)
 
     if scenes.counts is not None:
