@@ -8,7 +8,8 @@ the image and with the number of objects, not with their product; time grows wit
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -101,10 +102,24 @@ class Axis(NamedTuple):
     turns: list[int]  # [n]; patches with the same do not overlap
 
 
+@dataclass(eq=False)
+class Searched:
+    """An image while it is searched."""
+
+    x: Tensor  # [h, w], at least as large as a canvas
+    objects: Objects  # what was found so far
+    edges: tuple[Tensor, Tensor] = ()  # of the rows and the columns of its cells, in pixels
+    evidence: Tensor | None = None  # [rows, columns, T + 1], see `Found.cell_evidence`
+
+
 class Patch(NamedTuple):
-    image: int
-    row: int  # of its cell
-    column: int
+    """A canvas cut out of an image, around one of its cells."""
+
+    image: Searched
+    cell: tuple[int, int]  # row and column
+    edges: list[Tensor]  # of the cell: left, top, right and bottom, in pixels
+    corner: list[int]  # (x, y), the left upper one, in pixels
+    turn: tuple  # whether there are several cells; those with the same turn are searched together
 
 
 @torch.no_grad()
@@ -125,33 +140,35 @@ def find(air: AIR, images: Sequence[np.ndarray | Tensor], moves: int = MOVES, se
         raise ValueError(f"the RNN guide sees canvases of {side}x{side} pixels, not {list(larger[0].shape)}")
     # Black on the right and below, if it is smaller than a canvas.
     xs = [pad(x, (0, max(0, side - x.shape[1]), 0, max(0, side - x.shape[0]))) for x in xs]
-    found = [Objects(*(x.new_zeros(0, *shape) for shape in ((3,), (air.z_what_size,), ()))) for x in xs]
-    cells, evidence = [None] * len(xs), [None] * len(xs)
+    searched = [Searched(x, Objects(x.new_zeros(0, 3), x.new_zeros(0, air.z_what_size), x.new_zeros(0))) for x in xs]
     with evaluating(air), tqdm(unit="patch", leave=False, delay=3, disable=None) as bar:
         for sweep in range(1 + SWEEPS):
             # One search is enough for a single cell.
-            todo = [i for i, x in enumerate(xs) if sweep < 2 or max(x.shape) > side]
-            patches = []
-            for i in todo:
-                cells[i] = rows, columns = [divide(length, sweep, side, air.usual_window) for length in xs[i].shape]
-                evidence[i] = xs[i].new_full((len(rows.corners), len(columns.corners), most + 1), -math.inf)
-                evidence[i][..., 0] = 0
-                patches += [Patch(i, *at) for at in np.ndindex(evidence[i].shape[:2])]
+            todo = [image for image in searched if sweep < 2 or max(image.x.shape) > side]
+            patches = [patch for image in todo for patch in lay_patches(air, image, sweep, most)]
             bar.total = bar.n + (SWEEPS + 1 - sweep) * len(patches)
-            turns = {}
-            for patch in patches:
-                rows, columns = cells[patch.image]
-                is_large = evidence[patch.image].numel() > most + 1
-                turn = is_large, rows.turns[patch.row], columns.turns[patch.column]
-                turns.setdefault(turn, []).append(patch)
-            for (is_large, *_), some_patches in sorted(turns.items()):
-                pace = {"patience": PATIENCE, "together": TOGETHER} if is_large else {}
+            for turn in sorted({patch.turn for patch in patches}):
+                pace = {"patience": PATIENCE, "together": TOGETHER} if turn[0] else {}
                 look = partial(search, air, most=most, moves=moves if sweep else 0, seed=seed, **pace)
+                some_patches = [patch for patch in patches if patch.turn == turn]
                 for start in range(0, len(some_patches), MOST_PATCHES):
                     chunk = some_patches[start : start + MOST_PATCHES]
-                    search_patches(air, xs, cells, found, evidence, chunk, look, afresh=sweep == 0)
+                    search_patches(air, chunk, look, most, afresh=sweep == 0)
                     bar.update(len(chunk))
-        return [assemble(air, *parts) for parts in zip(xs, images, found, cells, evidence)]
+        return [assemble(air, *parts) for parts in zip(searched, images)]
+
+
+def lay_patches(air: AIR, image: Searched, sweep: int, most: int) -> list[Patch]:
+    """Divide an image into cells, anew in each sweep: their patches. Notes the cells in `image`."""
+    rows, columns = (divide(length, sweep, air.image_size, air.usual_window) for length in image.x.shape)
+    image.edges = rows.edges, columns.edges
+    image.evidence = image.x.new_full((len(rows.corners), len(columns.corners), most + 1), -math.inf)
+    image.evidence[..., 0], patches = 0, []
+    for i, j in np.ndindex(image.evidence.shape[:2]):
+        edges = [columns.edges[j], rows.edges[i], columns.edges[j + 1], rows.edges[i + 1]]
+        turn = image.evidence[..., 0].numel() > 1, rows.turns[i], columns.turns[j]
+        patches.append(Patch(image, (i, j), edges, [columns.corners[j], rows.corners[i]], turn))
+    return patches
 
 
 def divide(length: int, sweep: int, side: int, window: float) -> Axis:
@@ -169,23 +186,17 @@ def divide(length: int, sweep: int, side: int, window: float) -> Axis:
     return Axis(edges, corners, turns)
 
 
-def search_patches(air, xs, cells, found, evidence, patches, look, afresh) -> None:
-    """Search some patches that do not overlap, and replace what was found in their cells."""
-    side, device, most = air.image_size, xs[0].device, evidence[patches[0].image].shape[-1] - 1
-    kinds = [cells[patch.image] for patch in patches]
-    tops = [rows.corners[patch.row] for patch, (rows, _) in zip(patches, kinds)]
-    lefts = [columns.corners[patch.column] for patch, (_, columns) in zip(patches, kinds)]
-    corners = torch.tensor([lefts, tops], device=device).T
-    edges = [
-        [columns.edges[p.column], rows.edges[p.row], columns.edges[p.column + 1], rows.edges[p.row + 1]]
-        for p, (rows, columns) in zip(patches, kinds)
-    ]
-    within = 2 * (torch.tensor(edges, device=device) - corners.repeat(1, 2)) / side - 1
-    x = torch.stack([xs[p.image][top:, left:][:side, :side] for p, top, left in zip(patches, tops, lefts)])
+def search_patches(air: AIR, patches: list[Patch], look: Callable, most: int, afresh: bool) -> None:
+    """Search some patches that do not overlap, by `look`, and replace what was found in their cells."""
+    side, device = air.image_size, patches[0].image.x.device
+    corners = torch.tensor([patch.corner for patch in patches], device=device)
+    within = 2 * (torch.tensor([patch.edges for patch in patches], device=device) - corners.repeat(1, 2)) / side - 1
+    x = torch.stack([patch.image.x[patch.corner[1] :, patch.corner[0] :][:side, :side] for patch in patches])
 
-    free, fixed, stay = [], [], {patch.image: None for patch in patches}
+    free, fixed = [], []
+    stay = {patch.image: torch.ones_like(patch.image.objects.weight, dtype=torch.bool) for patch in patches}
     for patch, corner, inside in zip(patches, corners, within):
-        objects = found[patch.image]
+        objects = patch.image.objects
         z_where = to_canvas(objects.poses, corner, side)
         place = pose_to_place(z_where)
         is_free = (place >= inside[:2]).all(1) & (place < inside[2:]).all(1)
@@ -193,7 +204,7 @@ def search_patches(air, xs, cells, found, evidence, patches, look, afresh) -> No
         is_near = (place.abs() < 1 + 2 * air.usual_window / side).all(1) & ~is_free
         free.append(Objects(z_where, *objects[1:]).at(is_free))
         fixed.append(Objects(z_where, *objects[1:]).at(is_near))
-        stay[patch.image] = ~is_free if stay[patch.image] is None else stay[patch.image] & ~is_free
+        stay[patch.image] &= ~is_free
 
     objects, there = stacked(fixed, max(len(part.poses) for part in fixed))
     canvas = (paint(air, objects) * there[..., None, None]).sum(1)
@@ -205,17 +216,16 @@ def search_patches(air, xs, cells, found, evidence, patches, look, afresh) -> No
     todo = (used.any(1) | (left > air.price)).nonzero()[:, 0]
     if len(todo):
         seen = look(some(view, todo), found=None if afresh else some(start, todo))
-        new = {image: [] for image in stay}
-        for j, row in zip(todo.tolist(), range(len(todo))):
-            patch, used = patches[j], slice(int(seen.counts[row]))
-            z_where = seen.z_where[row, used]
-            places = (pose_to_place(z_where) + 1) * side / 2 + corners[j]
-            poses = torch.cat([z_where[:, :1], places], 1)
-            new[patch.image].append(Objects(poses, seen.z_what[row, used], seen.weight[row, used]))
-            evidence[patch.image][patch.row, patch.column] = seen.count_evidence[row]
-        for image, parts in new.items():
-            parts = [found[image].at(stay[image]), *parts]
-            found[image] = Objects(*map(torch.cat, zip(*parts)))
+        for image, mask in stay.items():
+            image.objects = image.objects.at(mask)
+        for row, (patch, corner) in enumerate((patches[k], corners[k]) for k in todo.tolist()):
+            z_where, z_what, weight = (
+                part[row, : seen.counts[row]] for part in (seen.z_where, seen.z_what, seen.weight)
+            )
+            places = (pose_to_place(z_where) + 1) * side / 2 + corner
+            new = Objects(torch.cat([z_where[:, :1], places], 1), z_what, weight)
+            patch.image.objects = Objects(*map(torch.cat, zip(patch.image.objects, new)))
+            patch.image.evidence[patch.cell] = seen.count_evidence[row]
 
 
 def to_canvas(poses: Tensor, corner: Tensor, side: int) -> Tensor:
@@ -245,9 +255,10 @@ def possible(evidence: Tensor, price: float) -> Tensor:
     return evidence.masked_fill((len(evidence) > 1) & (more > 0) & (evidence + price * more < most), -math.inf)
 
 
-def assemble(air: AIR, x: Tensor, image: np.ndarray | Tensor, objects: Objects, cells, evidence: Tensor) -> Found:
+def assemble(air: AIR, searched: Searched, image: np.ndarray | Tensor) -> Found:
     """What was found in an image, and what follows from it."""
-    side, (s, places) = air.image_size, objects.poses.split([1, 2], 1)
+    x, objects, side = searched.x, searched.objects, air.image_size
+    s, places = objects.poses.split([1, 2], 1)
     corners = (places - side / 2).round()
     painted = air.paint(to_canvas(objects.poses, corners, side), objects.z_what)
     # With room for what reaches beyond the image, which is left out.
@@ -266,15 +277,15 @@ def assemble(air: AIR, x: Tensor, image: np.ndarray | Tensor, objects: Objects, 
     h, w = image.shape
     width = air.image_size / s.clamp(min=MIN_SCALE)
     row, column = (
-        torch.bucketize(places[:, 1 - axis].contiguous(), cells[axis].edges[1:-1].to(places), right=True)
-        for axis in (0, 1)
+        torch.bucketize(places[:, 1 - axis].contiguous(), edges[1:-1].to(places), right=True)
+        for axis, edges in enumerate(searched.edges)
     )
     return Found(
         objects=objects,
         boxes=torch.cat([places - width / 2, width, width], 1),
         losses=losses,
-        cell=row * (len(cells[1].edges) - 1) + column,
-        cell_evidence=possible(evidence.flatten(0, 1), air.price),
+        cell=row * searched.evidence.shape[1] + column,
+        cell_evidence=possible(searched.evidence.flatten(0, 1), air.price),
         log_weight=float(log_weight),
         explained=float(1 - (error.square().sum() / x.square().sum().clamp(min=1e-6)).clamp(max=1)),
         reconstruction=canvas[side : side + h, side : side + w],
