@@ -146,8 +146,7 @@ def batches(all_images: Iterator[Iterator[tuple]]) -> Iterator[list[tuple]]:
 def canvases_of(file: Path, invert: bool | None, object_size: float | str | None) -> Iterator[tuple]:
     """Of each image in a file: what is known of it, itself, its canvas, and how long its objects are, if known."""
     try:
-        blocks, _, remarks = images.read_file(file)
-        originals = [image for block in blocks for image in block]
+        originals, _, remarks = images.read_file(file)
         canvases = [images.to_canvas(image, invert) for image in originals]
     except DataError as error:
         yield {"file": file.name, "error": one_line(error)}, None, None, None
@@ -168,7 +167,7 @@ def describe(
 ) -> None:
     """Add to what is known of an image what was found in it, at some scale."""
     result |= dict.fromkeys(("count", "probability", "explained", "log_weight", "scale")) | {"boxes": []}
-    if canvas.doubt in images.EMPTY:
+    if canvas.doubt == images.LOW:
         result |= {"probabilities": [], "warning": canvas.doubt}
         return
     left, top, across, down = at_scale.place
