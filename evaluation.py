@@ -53,7 +53,6 @@ def evaluate(
     max_objects: int | None = None,
     measure_search: bool = False,
     temperature: float | None = None,
-    batch_size: int | None = None,
 ) -> Evaluation:
     """Count accuracy, ELBO and the like on `scenes`, one sample of the guide per image.
 
@@ -66,7 +65,7 @@ def evaluate(
     the first batch. What needs true counts, or the RNN baseline, is None if there are none.
     """
     max_objects = max_objects or air.max_objects
-    batch_size = batch_size or default_batch_size(air, max_objects)
+    batch_size = default_batch_size(air, max_objects)
     with seeded_rng(air.z_where_loc.device):
         batches, first = [], []
         for start in range(0, len(scenes.x), batch_size):
@@ -166,13 +165,13 @@ def calibrate(seen: list[Found], counts: np.ndarray) -> float:
     return float(max(np.geomspace(0.5, 50, 50), key=log_likelihood))
 
 
-def recombine(x: np.ndarray, counts: np.ndarray, n: int = 600, most: int = 5, seed: int = 0) -> Scenes:
+def recombine(x: np.ndarray, counts: np.ndarray, n: int = 600, most: int = 5) -> Scenes:
     """Scenes of known counts, 0 to `most`, equally often, without labels: sums of images in which one object was found.
 
     x: canvases, uint8 `[m, h, h]`; counts: what was found on them, `[m]`. As with MNIST's scenes, no pixel exceeds
     white. Raises ValueError if there are too few images to choose from, or they hardly ever fit.
     """
-    singles, rng, scenes = x[counts == 1], np.random.default_rng(seed), []
+    singles, rng, scenes = x[counts == 1], np.random.default_rng(0), []
     if len(singles) < 20:
         raise ValueError(f"one object was found in {len(singles)} of {len(x)} images, too few to recombine")
     true = np.arange(n) % (most + 1)

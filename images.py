@@ -1,7 +1,7 @@
 """Images of one's own, as the model takes them: light objects on black.
 
 Training, evaluation and prediction read them with `read_file` and bring them to the model by one rule, `to_canvas`.
-What becomes of an image depends on that image alone, not on others in its file, array or folder:
+What becomes of an image depends on that image alone, not on others in its file, array or folder. Its size stays.
 
 1. Colour becomes grey: luma, or one of red, green and blue if clearly more of the image stands out there.
 2. Specks, single pixels and pairs that differ from all around them by more than half of the image's contrast (hot
@@ -13,8 +13,6 @@ What becomes of an image depends on that image alone, not on others in its file,
 5. Ink is what differs from the background by at least 8% of the range and six standard deviations of the noise. If
    more of it is darker than lighter, the image is inverted.
 6. The background becomes black, and the 90th percentile of the ink white. An image without ink is empty.
-
-The size stays. To train on, images are brought to one size: made smaller and padded, or cropped at random.
 """
 
 import warnings
@@ -37,7 +35,7 @@ NOISE = 6  # standard deviations of the noise: less cannot be told from it
 MIXED = 0.02  # the share of ink, in squared greys, of the other polarity that is too much
 # What may be true of an image: first what speaks against counting what is in it, then what was done.
 LOW, SPECKLED, UNEVEN, BOTH, _, SURFACE, WIDE, _ = FACTS = (
-    "its contrast is too low to be told from noise",
+    "its contrast is too low to be told from noise",  # It is taken for empty.
     "it had more than five specks of one or two pixels",
     "its background is uneven, and no smooth surface fits it",
     "its ink of the other polarity was left out (--invert and --no-invert decide which)",
@@ -46,7 +44,6 @@ LOW, SPECKLED, UNEVEN, BOTH, _, SURFACE, WIDE, _ = FACTS = (
     "uneven background: the median of a wide surrounding was taken off",
     "dark objects on a light background: inverted (--no-invert leaves them as they are)",
 )
-EMPTY = (LOW,)  # Such an image is taken for empty.
 FIXED_INK = "the same ink is at the same place in nearly all images: a scale bar counts as an object"
 
 
@@ -73,10 +70,10 @@ def files_in(path: Path) -> list[Path]:
 
 
 def read_file(path: Path) -> tuple[list[np.ndarray], np.ndarray | None, list[str]]:
-    """The images in a file, blocks `[n, h, w]` of numbers of any type; true counts `[images]` or None; and remarks.
+    """The images in a file, `[h, w]` of numbers of any type; their true counts `[images]` or None; and remarks.
 
-    An `.npz` has arrays `x` `[n, h, w]` and perhaps `counts` `[n]`; of any other file each frame is a block. DataError,
-    with one line that says what is wrong, if it cannot be read.
+    An `.npz` has arrays `x` `[n, h, w]` and perhaps `counts` `[n]`; of any other file each frame is an image.
+    DataError, with one line that says what is wrong, if it cannot be read.
     """
     try:
         if path.suffix.lower() == ".npz":
@@ -105,10 +102,10 @@ def read_arrays(path: Path) -> tuple[list[np.ndarray], np.ndarray | None, list[s
         x, counts = file["x"], file.get("counts")
     check_images(x)
     if counts is None:
-        return [x], None, []
+        return list(x), None, []
     if counts.shape != x.shape[:1] or counts.dtype.kind not in "iu" or counts.min() < 0 or counts.max() > 1000:
         raise DataError(f"counts must be {len(x)} whole numbers from 0 to 1,000, one per image")
-    return [x], counts.astype(np.int64), []
+    return list(x), counts.astype(np.int64), []
 
 
 def check_images(x: np.ndarray) -> None:
@@ -120,11 +117,11 @@ def check_images(x: np.ndarray) -> None:
 
 
 def to_grey(image: Image.Image) -> tuple[np.ndarray, str | None]:
-    """An image of any mode as greys `[1, h, w]`, upright, and a remark on its colours."""
+    """An image of any mode as greys `[h, w]`, upright, and a remark on its colours."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         check_images(np.asarray(image)[None])
-        return np.asarray(image)[None], None
+        return np.asarray(image), None
     if image.has_transparency_data:  # What is transparent is black behind light ink, and white behind dark.
         luma, alpha = (np.asarray(band, float) for band in image.convert("LA").split())
         behind = "white" if (alpha * luma).sum() < 127.5 * alpha.sum() else "black"
@@ -137,7 +134,7 @@ def to_grey(image: Image.Image) -> tuple[np.ndarray, str | None]:
     best = 0 if shown[0] >= 0.8 * shown.max() else int(shown.argmax())
     share = 1 - (seen.any(0) & ~seen[best]).sum() / max(1, seen.any(0).sum())
     remark = f"colour became grey: of what stands out, {share:.0%} does in {('luma', 'red', 'green', 'blue')[best]}"
-    return np.asarray(bands[best])[None], remark if best or share < 0.9 else None
+    return np.asarray(bands[best]), remark if best or share < 0.9 else None
 
 
 def load_images(path: Path, invert: bool | None = None) -> tuple[list[Canvas], np.ndarray | None, list[str]]:
@@ -146,8 +143,8 @@ def load_images(path: Path, invert: bool | None = None) -> tuple[list[Canvas], n
     canvases, remarks, counts = [], [], []
     for file in files_in(path):
         try:
-            blocks, some_counts, some_remarks = read_file(file)
-            canvases += [to_canvas(image, invert) for block in blocks for image in block]
+            images, some_counts, some_remarks = read_file(file)
+            canvases += [to_canvas(image, invert) for image in images]
         except DataError as error:
             remarks.append(f"left out: {one_line(error)}")
             continue
@@ -279,12 +276,12 @@ def has_unexplained_ink(x: np.ndarray, boxes: np.ndarray, floor: float) -> bool:
     """Whether on a canvas, uint8 `[h, w]`, a piece of what is brighter than `floor` (of `Canvas`) lies mostly outside
     the windows `[k, 4]`, (x, y, w, h) in pixels."""
     labels, n = ndimage.label(x > floor, np.ones((3, 3)))
-    covered = np.zeros(x.shape, bool)
-    for left, top, w, h in np.asarray(boxes).reshape(-1, 4):
-        rows, columns = (np.rint([at, at + length]).clip(0).astype(int) for at, length in ((top, h), (left, w)))
-        covered[slice(*rows), slice(*columns)] = True
-    sizes, inside = (np.bincount(part.ravel(), minlength=n + 1)[1:] for part in (labels, labels[covered]))
-    return bool((inside < 0.3 * sizes)[sizes >= 6].any())
+    sizes = np.bincount(labels.ravel(), minlength=n + 1)[1:]
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+    for left, top, right, bottom in np.rint(corners).clip(0).astype(int):
+        labels[top:bottom, left:right] = 0
+    outside = np.bincount(labels.ravel(), minlength=n + 1)[1:]
+    return bool((sizes - outside < 0.3 * sizes)[sizes >= 6].any())
 
 
 def has_fixed_ink(x: np.ndarray) -> bool:

@@ -10,9 +10,9 @@ IMAGES is an image file, an `.npz` file with an array `x`, or a folder of these;
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -48,29 +48,25 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, path = read_checkpoint(args.run)
         air, reference = build_air(checkpoint, path), read_reference(checkpoint, path)
         if reference is None:
-            text = (
-                "of a run that is not finished: it gives no probabilities, nor warnings of what is unlike its training"
-            )
-            print(f"{path} is {text}", file=sys.stderr)
+            missing = "it gives no probabilities, nor warnings of what is unlike its training"
+            print(f"{path} is of a run that is not finished: {missing}", file=sys.stderr)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             if any(args.out.iterdir()):
                 raise UsageError(f"--out {args.out} already exists and is not empty; name another folder")
         if args.csv and args.csv.exists():
             raise UsageError(f"--csv {args.csv} already exists; name another file")
-        with open(args.csv, "x", newline="", encoding="utf-8") if args.csv else nullcontext() as table:
-            rows = csv.writer(table) if table else None
-            if rows:
-                rows.writerow(COLUMNS)
+        with open(args.csv or os.devnull, "w", newline="", encoding="utf-8") as table:
+            rows = csv.writer(table)
+            rows.writerow(COLUMNS)
             print("[", end="")
             try:
                 results = predict(air, files, reference, args.invert, args.out, args.object_size)
                 for i, result in enumerate(results):
                     print(",\n " if i else "", json.dumps(result), sep="", end="", flush=True)
-                    if rows:
-                        place = result["file"], result.get("index", "")
-                        objects = zip(result.get("boxes", ()), result.get("probabilities", ()))
-                        rows.writerows([*place, *box, probability] for box, probability in objects)
+                    place = result["file"], result.get("index", "")
+                    objects = zip(result.get("boxes", ()), result.get("probabilities", ()))
+                    rows.writerows([*place, *box, probability] for box, probability in objects)
                     name = one_line(result["file"]) + (f" {result['index']}" if "index" in result else "")
                     failed += "error" in result
                     for kind in ("warning", "error"):
@@ -99,14 +95,9 @@ def predict(
 ) -> Iterator[dict]:
     """What is in the images in some files, see `images.read_file`.
 
-    Yields a dictionary for each image, of plain values: file; index, if there are several in it; count; probability,
-    that of the count (None if it is not known, see `evaluation.calibrate`); explained, the share of the ink that it
-    accounts for; log_weight, its evidence in nats, see `patches.find`; scale, by which the image was made larger before
-    its objects were looked for, so that they are as long as in training; boxes, `[x, y, w, h]` each, in pixels of the
-    image as it was (they may reach beyond its edges); probabilities, of each box that it is an object (None if they are
-    not known); and warning, with what speaks against the count (it is None if nothing can be told). For a file that
-    cannot be read, and for a picture that cannot be written: file and error. Nothing depends on chance, nor on other
-    images. What was done to a file's images is reported on stderr.
+    Yields a dictionary for each image, of plain values; docs/images.md says what is in it. Boxes are `[x, y, w, h]`, in
+    pixels of the image as it was. A file that cannot be read, or a picture that cannot be written, has an "error".
+    Nothing depends on chance, nor on other images. What was done to a file's images is reported on stderr.
 
     reference: what ordinary scenes look like, and the temperature of probabilities; without it there are neither
         probabilities nor warnings of what is unlike such scenes.
@@ -115,7 +106,7 @@ def predict(
     object_size: how long an object is, in pixels; "file": the same in all images of a file; None: each has its own.
     """
     some = {}  # of each size, at most a thousand
-    for batch in batches(canvases_of(file, invert, object_size) for file in files):
+    for batch in batches(image for file in files for image in canvases_of(file, invert, object_size)):
         readable = [image for image in batch if image[2]]
         seen = find_at_scale(air, [canvas for _, _, canvas, _ in readable], [length for *_, length in readable])
         for (result, original, canvas, _), (found, at_scale, in_doubt) in zip(readable, seen):
@@ -123,16 +114,17 @@ def predict(
             if folder and result["count"] is not None:
                 draw(result, original, folder)
             same = some.setdefault(canvas.x.shape, [])
-            same.extend([canvas.x] * (len(same) < 1000))
+            if len(same) < 1000:
+                same.append(canvas.x)
         yield from (result for result, *_ in batch)
     if any(images.has_fixed_ink(np.stack(same)) for same in some.values()):
         print(images.FIXED_INK, file=sys.stderr)
 
 
-def batches(all_images: Iterator[Iterator[tuple]]) -> Iterator[list[tuple]]:
+def batches(all_images: Iterator[tuple]) -> Iterator[list[tuple]]:
     """Images in lists of at most TOGETHER."""
     batch, pixels = [], 0
-    for image in (image for of_file in all_images for image in of_file):
+    for image in all_images:
         size = image[2].x.size if image[2] else 0
         if batch and (len(batch) == TOGETHER[0] or pixels + size > TOGETHER[1]):
             yield batch
@@ -146,8 +138,7 @@ def batches(all_images: Iterator[Iterator[tuple]]) -> Iterator[list[tuple]]:
 def canvases_of(file: Path, invert: bool | None, object_size: float | str | None) -> Iterator[tuple]:
     """Of each image in a file: what is known of it, itself, its canvas, and how long its objects are, if known."""
     try:
-        blocks, _, remarks = images.read_file(file)
-        originals = [image for block in blocks for image in block]
+        originals, _, remarks = images.read_file(file)
         canvases = [images.to_canvas(image, invert) for image in originals]
     except DataError as error:
         yield {"file": file.name, "error": one_line(error)}, None, None, None
@@ -167,37 +158,34 @@ def describe(
     result: dict, found: Found, canvas: images.Canvas, at_scale: images.Canvas, in_doubt: bool, reference
 ) -> None:
     """Add to what is known of an image what was found in it, at some scale."""
-    result |= dict.fromkeys(("count", "probability", "explained", "log_weight", "scale")) | {"boxes": []}
-    if canvas.doubt in images.EMPTY:
-        result |= {"probabilities": [], "warning": canvas.doubt}
+    if canvas.doubt == images.LOW:
+        result |= dict.fromkeys(("count", "probability", "explained", "log_weight", "scale"))
+        result |= {"boxes": [], "probabilities": [], "warning": canvas.doubt}
         return
-    left, top, across, down = at_scale.place
-    boxes = (found.boxes.cpu().numpy() - [left, top, 0, 0]) / [across, down, across, down]
+    (left, top, across, down), windows = at_scale.place, found.boxes.cpu().numpy()
     temperature = reference and reference.temperature
+    probs = found.count_probs(temperature) if temperature else None
     result |= {
         "count": found.count,
+        "probability": round(float(probs[found.count]), 3) if temperature else None,
         "explained": round(found.explained, 2),
         "log_weight": round(found.log_weight, 2),
         "scale": round(across, 3),
-        "boxes": boxes.round(2).tolist(),
-        "probabilities": [None] * found.count,
+        "boxes": ((windows - [left, top, 0, 0]) / [across, down, across, down]).round(2).tolist(),
+        "probabilities": found.object_probs(temperature).round(3).tolist() if temperature else [None] * found.count,
     }
     signs = [canvas.doubt] if canvas.doubt else []
     if in_doubt:
         signs.append("how large its objects are is in doubt (--object-size)")
     if reference:
         signs += out_of_distribution(reference, found.count, found.log_weight, found.explained)
-    if temperature:
-        probs = found.count_probs(temperature)
-        result["probability"] = round(float(probs[found.count]), 3)
-        result["probabilities"] = found.object_probs(temperature).round(3).tolist()
-        if result["probability"] < UNSURE:
-            likely = [n for n in np.argsort(-probs)[:5] if probs[n] > 0.05]
-            shares = ", ".join(f"{probs[n]:.0%}" for n in likely)
-            signs.append(f"{' or '.join(map(str, likely))} objects: {shares}")
+    if temperature and result["probability"] < UNSURE:
+        likely = [n for n in np.argsort(-probs)[:5] if probs[n] > 0.05]
+        shares = ", ".join(f"{probs[n]:.0%}" for n in likely)
+        signs.append(f"{' or '.join(map(str, likely))} objects: {shares}")
     if found.is_full:
         signs.append("there may be more objects, too close to one another")
-    elif images.has_unexplained_ink(at_scale.x, found.boxes.cpu().numpy(), canvas.floor):
+    elif images.has_unexplained_ink(at_scale.x, windows, canvas.floor):
         signs.append("there is something where nothing was found")
     if signs:
         result["warning"] = "; ".join(signs)

@@ -36,7 +36,7 @@ from training.checkpoint import read_checkpoint  # noqa: E402
 from training.run import read_metrics as metrics  # noqa: E402
 
 # The search finds little in what was hardly trained, and few images are looked at.
-evaluation.recombine.__defaults__ = 12, 5, 0
+evaluation.recombine.__defaults__ = 12, 5
 inference.PATIENCE, inference.TOGETHER = 1, 4
 patches.PATIENCE, patches.TOGETHER, patches.SWEEPS = 1, 4, 1
 

@@ -6,15 +6,7 @@ import torch
 
 import evaluation
 from air import AIR
-from evaluation import (
-    ReferenceStats,
-    bounds,
-    evaluate,
-    find_at_scale,
-    importance_bound,
-    out_of_distribution,
-    recombine,
-)
+from evaluation import ReferenceStats, bounds, evaluate, find_at_scale, importance_bound, out_of_distribution, recombine
 from images import to_canvas
 from inference import Inference, infer, traces
 from multi_mnist import Scenes
@@ -28,9 +20,10 @@ def air():
     return AIR(**SMALL)
 
 
-def test_the_numbers_are_what_they_are_called(air, scenes):
+def test_the_numbers_are_what_they_are_called(air, scenes, monkeypatch):
     x, true = scenes.x[:100], scenes.counts[:100]
-    result, *others = evaluate(air, Scenes(x, true), batch_size=50, measure_search=True, temperature=2.0)
+    monkeypatch.setattr(evaluation, "BATCH_PIXELS", 50 * 4 * 50**2)  # 50 images
+    result, *others = evaluate(air, Scenes(x, true), measure_search=True, temperature=2.0)
     torch.manual_seed(0)
     seen = Inference(*map(torch.cat, zip(infer(air, x[:50]), infer(air, x[50:]))))
     counts, searched = seen.counts.numpy(), find(air, x)
@@ -43,7 +36,7 @@ def test_the_numbers_are_what_they_are_called(air, scenes):
     assert result["confusion"] == [[((true == i) & (counts == j)).sum() for j in range(4)] for i in range(3)]
     assert all(map(np.array_equal, [*others[:2], others[2].canvases], [counts, seen.boxes, seen.canvases[:30]]))
     # (Of large images, fewer are looked at together, so that memory does not grow with the canvas.)
-    assert evaluation.default_batch_size(AIR(image_size=250, **SMALL), 3) == 500 // 25
+    assert evaluation.default_batch_size(AIR(image_size=250, **SMALL), 3) == 50 // 25
 
 
 def test_few_ordinary_scenes_are_out_of_distribution():

@@ -84,7 +84,7 @@ def test_an_image_becomes_the_same_in_any_company_and_however_it_is_stored(scene
     for invert in (None, True, False):
         for image, whole in zip(stack, load_images(tmp_path / "all.npz", invert)[0]):
             Image.fromarray(image).save(tmp_path / "one.png")
-            ways = image, image / 255, (image / 255).astype(np.float32), read_file(tmp_path / "one.png")[0][0][0]
+            ways = image, image / 255, (image / 255).astype(np.float32), read_file(tmp_path / "one.png")[0][0]
             for canvas in (to_canvas(way, invert) for way in ways):
                 assert (canvas.x == whole.x).all() and canvas[1:] == whole[1:]
 
@@ -158,7 +158,7 @@ def test_every_page_and_frame(scenes, tmp_path):
     first, *others = (Image.fromarray(x) for x in scenes.x[:4])
     for name in ("pages.tif", "frames.gif", "frames.png"):
         first.save(tmp_path / name, save_all=True, append_images=others)
-        assert np.abs(np.concatenate(read_file(tmp_path / name)[0]).astype(int) - scenes.x[:4]).max() <= 2, name
+        assert np.abs(np.stack(read_file(tmp_path / name)[0]).astype(int) - scenes.x[:4]).max() <= 2, name
     first.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=others[:1])
     assert len(read_file(tmp_path / "phone.jpg")[0]) == 1  # its second image is no other picture
     # Nor are pages that are marked as reduced copies or masks, unless there is nothing else.
@@ -167,8 +167,8 @@ def test_every_page_and_frame(scenes, tmp_path):
             for kind in kinds:
                 first.save(file, "TIFF", tiffinfo={254: kind})
                 file.newFrame()
-        blocks, _, remarks = read_file(tmp_path / "pyramid.tif")
-        assert len(blocks) == n and ["skipped" in remark for remark in remarks] == [True] * (n < len(kinds))
+        pages, _, remarks = read_file(tmp_path / "pyramid.tif")
+        assert len(pages) == n and ["skipped" in remark for remark in remarks] == [True] * (n < len(kinds))
 
 
 def test_colours_and_transparency(scenes, tmp_path):
@@ -186,8 +186,8 @@ def test_colours_and_transparency(scenes, tmp_path):
     }
     for name, stored in ways.items():
         stored.save(tmp_path / name)
-        blocks, _, remarks = read_file(tmp_path / name)
-        seen, right = Seen(blocks[0]), Seen((x > 127)[None] if " " in name else x[None])
+        stored, _, remarks = read_file(tmp_path / name)
+        seen, right = Seen(stored), Seen((x > 127)[None] if " " in name else x[None])
         assert np.abs(seen.x.astype(int) - right.x).max() <= 16, name
         assert bool(seen.remarks) == (name == "black_ink_on_glass.png") and bool(remarks) == (" " in name), name
 

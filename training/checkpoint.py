@@ -15,9 +15,8 @@ from evaluation import ReferenceStats
 from multi_mnist import DataError, one_line
 
 
-def write_file(path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write a file at once or not at all: beside `path` first, where one that was killed may have left a part of it."""
-    path = Path(path)
     temporary = path.with_name(f".{path.name}")
     try:
         temporary.write_bytes(content)
@@ -28,7 +27,7 @@ def write_file(path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, air: AIR, **others) -> None:
+def save_checkpoint(path: Path, air: AIR, **others) -> None:
     """Write the parameters, what is needed to build the same AIR, and `others` (tensors and plain values)."""
     content = io.BytesIO()
     torch.save({"air": air.config, "parameters": air.state_dict(), **others}, content)
@@ -75,9 +74,9 @@ def build_air(checkpoint: dict, path="checkpoint") -> AIR:
 def read_reference(checkpoint: dict, path="checkpoint") -> ReferenceStats | None:
     """What is ordinary to the AIR of a checkpoint; None if its run was not finished."""
     saved = checkpoint.get("reference")
+    if saved is None:
+        return None
     try:
-        return (
-            None if saved is None else ReferenceStats(**{name: value and float(value) for name, value in saved.items()})
-        )
+        return ReferenceStats(**{name: value and float(value) for name, value in saved.items()})
     except Exception:  # Whatever goes wrong, the file is at fault.
         raise DataError(f"{path} has no readable 'reference': {saved!r:.100}") from None

@@ -65,9 +65,8 @@ def load_own_scenes(
     if counts is not None and (most := counts.max()) > max_objects:
         raise UsageError(f"--max-objects {max_objects}: there are images with {most} objects; give -t {most} or more")
     if object_size and length * factor * MARGIN > x.shape[1]:
-        raise UsageError(
-            f"--object-size {object_size}: with a margin, that is larger than the canvas of {longest} pixels"
-        )
+        too_large = f"with a margin, that is larger than the canvas of {longest} pixels"
+        raise UsageError(f"--object-size {object_size}: {too_large}")
     length = min(length * factor, x.shape[1] / MARGIN)
     remarks.append(f"objects are taken to be about {length / factor:.0f} pixels long (--object-size)")
     if factor != 1:
@@ -79,12 +78,10 @@ def load_own_scenes(
 
 def random_crops(images: list[np.ndarray], side: int, path: Path) -> np.ndarray:
     """Squares of images, uint8 `[CROPS, side, side]`, everywhere with the same chance, turned and mirrored."""
-    places = np.array(
-        [(image.shape[0] - side + 1) * (image.shape[1] - side + 1) for image in images if min(image.shape) >= side]
-    )
     images = [image for image in images if min(image.shape) >= side]
     if not images:
         raise DataError(f"--data {path}: no image is as large as a crop (--crop)")
+    places = np.array([np.prod(np.subtract(image.shape, side - 1)) for image in images])
     rng, crops = np.random.default_rng(0), []
     for i in rng.choice(len(images), CROPS, p=places / places.sum()):
         top, left = (rng.integers(length - side + 1) for length in images[i].shape)

@@ -15,7 +15,7 @@ from air import MAX_OBJECTS
 from multi_mnist import DataError, one_line
 from training.checkpoint import read_checkpoint
 from training.parallel import ProcessLost, launched
-from training.run import UsageError, has_files, is_run_folder
+from training.run import UsageError, has_files
 from training.svi import NonFiniteError
 
 # On resuming, FIXED flags are what the run is, KEPT ones are kept unless told otherwise, others are as by default.
@@ -141,7 +141,8 @@ def check(args: argparse.Namespace) -> None:
 def run_folder(out: Path | None, load: Path | None, seed: int) -> Path:
     """The folder that a run writes to. Raises UsageError if something else is there."""
     # A run's own checkpoint, not a copy or link of it somewhere else, is resumed where it is.
-    own = load and load.name == "checkpoint.pt" and not load.is_symlink() and is_run_folder(load.parent)
+    own = load and load.name == "checkpoint.pt" and not load.is_symlink()
+    own = own and all((load.parent / name).is_file() for name in ("config.json", "metrics.jsonl"))
     if load and not own and not out:
         raise UsageError(f"{load} is not in the folder of a run: name a folder to resume it in with --out")
     out = out or (load.parent if load else Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"))

@@ -1,8 +1,7 @@
 """Training in several processes, as torchrun starts them, with PyTorch's own torch.distributed.
 
-Each process (rank) has its share of the scenes, of every mini-batch and its own random numbers; the
-gradients are added up, so that all take the same step, the one that a single process would take with
-the whole mini-batch.
+Each process (rank) has its share of the scenes, of every mini-batch and its own random numbers; the gradients are
+added up, so that all take the same step, the one that a single process would take with the whole mini-batch.
 """
 
 import math

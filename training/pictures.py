@@ -58,10 +58,7 @@ class Pictures:
 
 
 def draw(air: AIR, split: str, scenes: Scenes, evaluation: Evaluation, lines: list[dict]) -> dict[str, np.ndarray]:
-    """A run's pictures as it stands, by name.
-
-    evaluation: of `scenes`. lines: of metrics.jsonl so far.
-    """
+    """A run's pictures as it stands, by name. evaluation: of `scenes`; lines: of metrics.jsonl so far."""
     first, counts, split_scenes, pictures = evaluation.first, evaluation.counts, f"{split.capitalize()} scenes", {}
     boxes = [box[:count] for box, count in zip(evaluation.boxes, counts)]
     x = scenes.x[: len(first.counts)]

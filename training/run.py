@@ -81,11 +81,6 @@ def has_files(folder: Path) -> bool:
     return folder.is_dir() and any(file.name[0] != "." for file in folder.iterdir())
 
 
-def is_run_folder(folder: Path) -> bool:
-    """Whether a run has written its first files there."""
-    return (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
-
-
 def begin(
     folder: Path, load: Path | None, checkpoint: dict | None, air: AIR, optimizer, processes: Processes, flags: dict
 ) -> State:
