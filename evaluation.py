@@ -146,9 +146,11 @@ def evaluate_images(
     air: AIR, canvases: list[Canvas], counts: np.ndarray | None, reference: ReferenceStats | None, length: float | None
 ) -> dict:
     """The metrics that can be had of images of any sizes, looked at as predict.py does: those of the search."""
-    seen = [found for found, *_ in find_at_scale(air, canvases, [length] * len(canvases))]
     metrics = dict.fromkeys(METRICS) | {"images": len(canvases)}
-    return metrics if counts is None else metrics | search_metrics(seen, counts, reference and reference.temperature)
+    if counts is not None:
+        seen = [found for found, *_ in find_at_scale(air, canvases, [length] * len(canvases))]
+        metrics |= search_metrics(seen, counts, reference and reference.temperature)
+    return metrics
 
 
 def calibrate(seen: list[Found], counts: np.ndarray) -> float:

@@ -143,8 +143,8 @@ def draw_reliability(probabilities, shares, numbers, title=None) -> np.ndarray:
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], "--", color="0.6")
     axis.plot(probabilities, shares, ".-")
-    for x, y, n in zip(probabilities, shares, numbers):
-        axis.annotate(f"{n:,}", (x, y), (0, -12), textcoords="offset points", fontsize=7, ha="center")
+    for k, (x, y, n) in enumerate(zip(probabilities, shares, numbers)):  # To the right and left of the line in turn.
+        axis.annotate(f"{n:,}", (x, y), (-14 if k % 2 else 14, -4), textcoords="offset points", fontsize=7, ha="center")
     axis.set(xlabel="probability of the count", ylabel="share that is right", xlim=(0, 1.03), ylim=(0, 1.03))
     axis.set_title(title or "", fontsize=10)
     return render(figure)
