@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint, path = read_checkpoint(args.run)
     air, digits = build_air(checkpoint, path), load_digits(False, checkpoint["flags"]["data_dir"])
     if args.time:
-        Image.fromarray(measure_time(air, digits[0])).save(args.time)
+        Image.fromarray(draw_time(measure_time(air, digits[0]))).save(args.time)
         return
     for count, size in SCENES:
         x = [many(digits[0], count, size, np.random.default_rng([i, size])) for i in range(EACH)]
@@ -79,22 +79,27 @@ def many(digits: np.ndarray, count: int, size: int, rng: np.random.Generator) ->
     return x.astype(np.uint8)
 
 
-def measure_time(air, digits: np.ndarray) -> np.ndarray:
-    """Seconds of CPU for one image alone, by its size and number of objects: printed, and drawn."""
-    figure = Figure(figsize=(5, 3.4), dpi=viz.DPI, layout="tight")
-    axis = figure.subplots()
+def measure_time(air, digits: np.ndarray) -> dict[int, list[tuple[int, float]]]:
+    """Numbers of objects and seconds of CPU for one image alone, by its size; printed as well."""
     find(air, [many(digits, 1, 64, np.random.default_rng(0))])  # The first call takes longer.
-    for size, objects in TIMED.items():
-        seconds = []
-        for count in objects:
-            x = many(digits, count, size, np.random.default_rng(0))
-            started = time.process_time()
-            found = find(air, [x])[0].count
-            seconds.append(time.process_time() - started)
-            print(f"{size}x{size}, {count} objects: {found} found in {seconds[-1]:.1f} s", flush=True)
-        axis.loglog(objects, seconds, ".-", label=f"{size}x{size}")
-    axis.legend(fontsize=8)
-    axis.set(xlabel="objects", ylabel="seconds of CPU, one image alone")
+    measured = {size: [] for size in TIMED}
+    for size, count in ((size, count) for size, counts in TIMED.items() for count in counts):
+        x = many(digits, count, size, np.random.default_rng(0))
+        started = time.process_time()
+        found = find(air, [x])[0].count
+        measured[size].append((count, time.process_time() - started))
+        print(f"{size}x{size}, {count} objects: {found} found in {measured[size][-1][1]:.1f} s", flush=True)
+    return measured
+
+
+def draw_time(measured: dict[int, list[tuple[int, float]]]) -> np.ndarray:
+    """A line for each size."""
+    figure = Figure(figsize=(6, 3.4), dpi=viz.DPI, layout="tight")
+    axis = figure.subplots()
+    for k, (size, points) in enumerate(measured.items()):
+        axis.loglog(*zip(*points), ".-")
+        axis.annotate(f"{size}x{size}", points[-1], (6, 1 - 8 * (k % 2)), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="objects", ylabel="seconds of CPU, one image alone", xlim=(0.8, 5000))
     axis.grid(alpha=0.3)
     return viz.render(figure)
 
