@@ -33,6 +33,7 @@ def test_an_answer_depends_on_the_image_alone(air, large, scenes):
         torch.testing.assert_close(one.boxes, other.boxes, rtol=0, atol=0.01)
 
 
+@torch.no_grad()
 def test_the_evidence_of_an_image(air, large, scenes):
     """Painted anew, object by object on the whole image: the evidence, and what would be lost without each."""
     images = [*large, *scenes.x[scenes.counts > 0][:3], np.zeros((50, 50), np.uint8)]
