@@ -19,6 +19,7 @@ from patches import Found, find
 BATCH_PIXELS = 500 * 4 * 50**2
 # An image is scaled until its objects are so long, in usual windows, unless it would hardly change.
 OBJECT, USUAL = 0.8, (0.75, 1.07)
+LARGER = 5  # An image is not made larger than by this.
 SHRINKS = 0.12  # how much less of its ink is explained if it is made smaller, but for its objects
 KEPT_WHOLE = 30  # images of which an evaluation keeps everything
 RARE = 0.003  # the share of ordinary scenes that each of two bounds leaves out
@@ -123,18 +124,19 @@ def find_at_scale(air: AIR, canvases: list[Canvas], lengths: list[float | None])
     than usual may be large objects or several that touch. Then the image is looked at as it is as well; if it is
     explained better by SHRINKS or more, it stays as it is.
     """
-    looked_at, again = [], []
-    for canvas, length in zip(canvases, lengths):
+    looked_at, again, in_doubt = [], [], []
+    for canvas, length in zip(canvases, lengths, strict=True):
+        in_doubt.append(False)
         if not air.sees_residual:
             looked_at.append(letterbox(canvas, air.image_size))
             continue
         pieces = [length] if length else piece_lengths(canvas.x)
         ratio = OBJECT * air.usual_window / np.median(pieces) if len(pieces) else 1.0
+        in_doubt[-1], ratio = ratio > LARGER, min(ratio, LARGER)
         looked_at.append(rescale(canvas, 1.0 if USUAL[0] < ratio < USUAL[1] else ratio))
         if ratio <= USUAL[0] and not length:
             again.append(len(looked_at) - 1)
     found = find(air, [canvas.x for canvas in looked_at])
-    in_doubt = [False] * len(found)
     for i, as_it_is in zip(again, find(air, [canvases[i].x for i in again])):
         in_doubt[i] = as_it_is.explained > found[i].explained + SHRINKS / 3
         if as_it_is.explained > found[i].explained + SHRINKS:

@@ -287,7 +287,9 @@ def has_unexplained_ink(x: np.ndarray, boxes: np.ndarray, floor: float) -> bool:
 def has_fixed_ink(x: np.ndarray) -> bool:
     """Whether the same piece of ink lies at the same pixels of nearly all canvases, uint8 `[n, h, h]`, as a burnt-in
     scale bar does. Empty canvases and copies of others do not count, and of many canvases a thousand will do."""
-    x = np.unique(x[x.any((1, 2))][:1000], axis=0)
-    share = (x > 63).mean(0) if len(x) > 1 else np.zeros(x.shape[1:])
+    different = {image.tobytes(): image for image in x[x.any((1, 2))][:1000]}
+    if len(different) < 2:
+        return False
+    share = (np.stack([*different.values()]) > 63).mean(0)
     labels, n = ndimage.label(share >= 0.5, np.ones((3, 3)))
     return any((share[labels == i + 1] >= 0.9).mean() >= 0.6 for i in range(n))

@@ -5,7 +5,6 @@ python main.py --cuda -b 1024 -n 1500                 # on a GPU, where larger m
 python main.py --data my-images/                       # with images of your own
 python main.py --load runs/NAME                       # resume a run that was interrupted
 python main.py --load runs/NAME --eval-only           # evaluate it on the test scenes
-torchrun --nproc-per-node 4 main.py                   # train in four processes, on one machine or several
 python predict.py runs/NAME IMAGES                    # then: count what is in images of your own
 """
 
@@ -119,7 +118,7 @@ def evaluate_only(args) -> dict:
     checkpoint, path = read_checkpoint(args.load)
     air = build_air(checkpoint, path).to("cuda" if args.cuda else "cpu")
     reference = read_reference(checkpoint, path)
-    own = own_images(args.data, args.invert, air.image_size) if args.data else None
+    own = own_images(args.data, args.invert, air.image_size, args.object_size) if args.data else None
     canvases, scenes = own or (None, evaluation_scenes(checkpoint, args.data_dir))
     if canvases:
         metrics = evaluate_images(air, canvases, scenes.counts, reference, args.object_size)

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise UsageError(f"--out {args.out} already exists and is not empty; name another folder")
         if args.csv and args.csv.exists():
             raise UsageError(f"--csv {args.csv} already exists; name another file")
-        with open(args.csv or os.devnull, "w", newline="", encoding="utf-8") as table:
+        with open(args.csv or os.devnull, "w", newline="", encoding="utf-8", errors="surrogateescape") as table:
             rows = csv.writer(table)
             rows.writerow(COLUMNS)
             print("[", end="")
@@ -105,7 +105,7 @@ def predict(
     folder: where to put a picture of each image with its boxes, if anywhere.
     object_size: how long an object is, in pixels; "file": the same in all images of a file; None: each has its own.
     """
-    some = {}  # of each size, at most a thousand
+    some = {}  # of each size, at most a thousand, and a hundred million pixels
     for batch in batches(image for file in files for image in canvases_of(file, invert, object_size)):
         readable = [image for image in batch if image[2]]
         seen = find_at_scale(air, [canvas for _, _, canvas, _ in readable], [length for *_, length in readable])
@@ -114,7 +114,7 @@ def predict(
             if folder and result["count"] is not None:
                 draw(result, original, folder)
             same = some.setdefault(canvas.x.shape, [])
-            if len(same) < 1000:
+            if len(same) < min(1000, 1e8 / canvas.x.size):
                 same.append(canvas.x)
         yield from (result for result, *_ in batch)
     if any(images.has_fixed_ink(np.stack(same)) for same in some.values()):

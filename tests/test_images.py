@@ -1,4 +1,5 @@
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -134,6 +135,10 @@ def test_ink_outside_all_windows():
 def test_ink_at_the_same_place_in_all_images(scenes, tmp_path, capsys):
     x = scenes.x[:20].copy()
     assert not any(map(images.has_fixed_ink, (x, np.repeat(x[:1], 5, 0), 0 * x, x[:0])))
+    tracemalloc.start()
+    assert not images.has_fixed_ink(np.full((1, 400, 400), 200, np.uint8))
+    assert tracemalloc.get_traced_memory()[1] < 4e6  # not more for the number of its pixels
+    tracemalloc.stop()
     x[:, 46:48, 2:12] = 255
     np.savez(tmp_path / "bar.npz", x=x)
     load_own_scenes(tmp_path / "bar.npz", None, None, 3, None, None)

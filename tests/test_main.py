@@ -93,6 +93,9 @@ def test_a_users_own_images(labelled, run_main, digits, tmp_path):
     whole = json.loads(run_main("--load", folder / "checkpoint.pt", "--eval-only", "--data", data, "-t", 5).stdout)
     assert whole["split"] == "data" and whole["images"] == 60 and whole["step"] == 2
     assert np.shape(whole["confusion"]) == ((3, 6) if labelled else ())
+    flags = "--load", folder, "--eval-only", "--data", data, "--object-size"
+    seen = [json.loads(run_main(*flags, size).stdout)["count_error_search"] for size in (4, 60)]
+    assert (seen[0] != seen[1]) == labelled and (seen[0] is None) != labelled
 
 
 @no_pictures

@@ -97,6 +97,8 @@ def test_the_scale_that_images_are_looked_at(air, scenes, tmp_path):
             # Pieces that are longer than usual may be several objects that touch, and the image may stay as it is.
             for scale, ratio in zip(seen, expected):
                 assert scale == pytest.approx(ratio, rel=0.03) or (size is None and ratio < 1 and scale == 1)
+    for result in predict.predict(air, [tmp_path / "a.npz"], object_size=1e-300):  # so small that memory would not do
+        assert result["scale"] == 5 and "how large its objects are is in doubt" in result["warning"]
 
 
 @pytest.mark.usefixtures("busy")
@@ -168,10 +170,12 @@ def test_the_command(run, scenes, tmp_path):
         assert all(len(box) == 4 for box in result["boxes"])
 
     shutil.copy(images / "a.png", images / f"{'a' * 248}.png")  # the name of its picture would be too long
+    shutil.copy(images / "a.png", images / "\udcff.png")  # no UTF-8
     (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:200])
     np.savez(images / "wrong.npz", y=scenes.x[:2])
     finished = call(predict.main, run[0], images, "--out", pictures, "--csv", tmp_path / "objects.csv", status=[1])
     found = json.loads(finished.stdout)
+    assert found.pop()["file"] == "\udcff.png"
     assert [result for result in found if "error" not in result] == results
     wrong = [line.split(": ")[0] for line in finished.stderr.splitlines() if ": error: " in line]
     assert [each["file"] for each in found if "error" in each] == wrong == [f"{'a' * 248}.png", "cut.png", "wrong.npz"]
@@ -182,7 +186,7 @@ def test_the_command(run, scenes, tmp_path):
     ]
     assert rows[0] == predict.COLUMNS and [row[:-1] for row in rows[1:]] == boxes
     earlier = files(pictures)
-    assert earlier.keys() == {"a.png.png", "b.npz-0.png", "b.npz-1.png"}
+    assert earlier.keys() == {"a.png.png", "b.npz-0.png", "b.npz-1.png", "\udcff.png.png"}
     for flags, error in (
         ((run[0], images, "--out", pictures), "not empty"),
         ((run[0], images, "--csv", tmp_path / "objects.csv"), "already exists"),

@@ -102,12 +102,14 @@ def evaluation_scenes(checkpoint: dict, data_dir: Path) -> Scenes:
     return scenes
 
 
-def own_images(path: Path, invert: bool | None, size: int) -> tuple[list[Canvas] | None, Scenes]:
-    """A user's images to evaluate on: as canvases of any sizes, or None if they fit one of `size` exactly; and as
-    scenes, which are empty otherwise, with their true counts."""
+def own_images(
+    path: Path, invert: bool | None, size: int, object_size: float | None
+) -> tuple[list[Canvas] | None, Scenes]:
+    """A user's images to evaluate on: as canvases of any sizes, or None if they fit one of `size` exactly and nothing
+    is said of their objects; and as scenes, which are empty otherwise, with their true counts."""
     canvases, counts, remarks = load_images(path, invert)
     report(remarks)
-    if {max(canvas.x.shape) for canvas in canvases} == {size}:
+    if not object_size and {max(canvas.x.shape) for canvas in canvases} == {size}:
         return None, Scenes(np.stack([letterbox(canvas, size).x for canvas in canvases]), counts)
     return canvases, Scenes(np.zeros((0, size, size), np.uint8), counts)
 
