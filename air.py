@@ -6,7 +6,9 @@ The guide undoes that: object by object, it attends to a place in the image, dec
 is there, and encodes the crop.
 
 There are two guides of one interface (`AIR(guide=..)`): "rnn" is the paper's, "residual" looks at what
-the canvas does not explain yet, and has no memory (see `modules.py`). Other differences from the paper:
+the canvas does not explain yet. That is an idea of the paper as well, which feeds its RNN with the difference
+(*Difference AIR*). New are that the guide has no memory, finds one place to look at without parameters, and looks
+twice (see `modules.py`). Other differences from the paper:
 
 - The log-likelihood is written as a sum of what each object adds to it (see `AIR.model`): the same
   density, but `TraceGraph_ELBO` then sees that a choice does not affect what came before it.
