@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
 MIN_SCALE = 1.0
+# A step that is never taken is never trained. Its standard deviations would fall until their squares are 0, and then
+# its gradient is not a number, though it is masked.
+MIN_SD = 1e-6
 PosePrior = tuple[tuple[float, float, float], tuple[float, float, float]]  # its mean and standard deviation
 
 
@@ -129,7 +132,7 @@ class Encoder(nn.Module):
     def forward(self, crop: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the mean and the standard deviation, `[batch, z_what_size]` each."""
         loc, scale = self.mlp(crop.transpose(1, 2).flatten(1)).chunk(2, -1)
-        return loc, softplus(scale)
+        return loc, softplus(scale).clamp(min=MIN_SD)
 
 
 class Decoder(nn.Module):
@@ -172,7 +175,7 @@ class RNNAttention(nn.Module):
         state = self.rnn(projection, torch.cat([step.z_where, step.z_what], -1), state)
         z_pres, loc, scale = self.predict(state[0]).split([1, 3, 3], -1)
         loc, scale = self.z_where_loc + self.z_where_scale * loc, self.z_where_scale * softplus(scale)
-        return z_pres[:, 0], loc, scale, (projection, state)
+        return z_pres[:, 0], loc, scale.clamp(min=MIN_SD), (projection, state)
 
 
 class ResidualAttention(nn.Module):
@@ -257,7 +260,7 @@ class ResidualAttention(nn.Module):
         closer = self.look_closer(image_to_object(loc, seen, self.window_size, self.second_look))
         shift, factor = self.correct(closer).chunk(2, -1)
         loc = loc + self.z_where_scale * shift
-        scale = self.z_where_scale * softplus(scale) * 2 * torch.sigmoid(factor)
+        scale = (self.z_where_scale * softplus(scale) * 2 * torch.sigmoid(factor)).clamp(min=MIN_SD)
         return self.present(torch.cat([features, closer], -1))[:, 0], loc, scale, step.state
 
 

@@ -126,3 +126,18 @@ def test_a_step_on_a_device_that_is_not_the_cpu(estimator, monkeypatch):
     air.register_buffer("z_where_loc", torch.zeros(3))  # left behind
     with pytest.raises(RuntimeError, match="device"):
         svi.step(x)
+
+
+@pytest.mark.parametrize("guide", ["residual", "rnn"])
+@pytest.mark.parametrize("estimator", ["tracegraph", "traceenum"])
+def test_steps_that_are_never_taken_do_no_harm(guide, estimator, x):
+    """Nothing trains them, and in time the standard deviations that they put out can come to 0."""
+    air = small_air(guide=guide).float()
+    present, pose = (air.attend.present, air.attend.propose) if guide == "residual" else [air.attend.predict] * 2
+    for layer, part, value in (
+        (present[-1], slice(0, 1), -1000.0),
+        (pose if guide == "residual" else pose[-1], slice(-3, None), -300.0),
+        (air.encode.mlp[-1], slice(air.z_what_size, None), -300.0),
+    ):
+        layer.bias.data[part] = value
+    assert math.isfinite(make_svi(air, estimator)[0].step(x.float()))
