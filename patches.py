@@ -1,7 +1,7 @@
 """What is in images of any size: patch by patch, each as large as a canvas in training.
 
 A large image is divided into cells, and around each lies a patch, which is a canvas to AIR. The objects whose centres
-are in the cell are inferred there by the search of `inference.search`, given what lies around. First the guide goes
+are in the cell are inferred there by `inference.search`, given what lies around. First the guide goes
 once through all cells, then the search, several times, with the cells laid in another way each time: what was at the
 border between two cells then lies within one. Patches that do not overlap are searched together. Memory grows with
 the image and with the number of objects, not with their product; time grows with the number of objects.
