@@ -60,7 +60,12 @@ def test_resuming_is_exact(n, flags, start, run_main, tmp_path):
     assert run.wait(LIMIT) == 130 and read_checkpoint(folder)[0]["step"] == n // 3 + 1
 
     terminal, slave = pty.openpty()
-    options = {"stderr": slave, "start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(2, termios.TIOCSCTTY)}
+
+    def take_terminal() -> None:
+        fcntl.ioctl(2, termios.TIOCSCTTY)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Under nohup the tests ignore it, and so would the run.
+
+    options = {"stderr": slave, "start_new_session": True, "preexec_fn": take_terminal}
     run = start("--load", folder, code=f"conftest.hold({2 * n // 3})", **options)
     os.close(slave)
     os.set_blocking(terminal, False)
