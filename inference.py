@@ -24,7 +24,7 @@ from air import AIR, Slot
 from modules import Look, image_to_object, pose_to_box, pose_to_place
 
 MOVES = 100  # at most, for an image
-PATIENCE = 6  # An image is done after this many moves without gain, for each of its objects and one more.
+PATIENCE = 8  # An image is done after this many moves without gain, for each of its objects.
 # A pair of objects whose centres are less than CLOSE usual windows apart costs CROWDING nats more than two others, or
 # pieces of one object would pass for several.
 CROWDING, CLOSE = 8.0, 0.6
@@ -129,8 +129,7 @@ def search(
     3. the same; at their own places;
     4. one object; on both sides of its place. This finds two objects that lie under one window.
 
-    moves: how many at most; an image is done before, after `patience` (PATIENCE) moves without gain for each object
-        and one more.
+    moves: how many at most; an image is done before, after `patience` (PATIENCE) moves without gain for each object.
     seed: of the chances above, which are the same for all images: what is found in one does not depend on others.
     together: how many images are computed at once (TOGETHER).
 
@@ -146,7 +145,7 @@ def search(
         parts = [whole(air, some(view, group), most, Given(code_noise)) for group in padded(torch.arange(n), together)]
         found = Explanation(*(torch.cat(part)[:n] for part in zip(*parts)))
     for move in range(moves):
-        todo = (found.idle < patience * (1 + found.counts)).nonzero()[:, 0]
+        todo = (found.idle < patience * found.counts.clamp(min=1)).nonzero()[:, 0]
         if not len(todo):
             break
         # Drawn for all images, whatever becomes of each.

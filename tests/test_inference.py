@@ -80,7 +80,7 @@ def by_hand(air, x, most, moves):
         found.append(new)
     evidence = judge(found)
     for move in range(moves):
-        if idle >= 6 * (1 + len(found)):
+        if idle >= 6 * max(1, len(found)):
             break
         uniform, shifts = torch.rand(most + 3, generator=rng).double(), torch.randn(most + 1, 3, generator=rng).double()
         jitter, one = 0.15 * window * shifts[:2, :2], int(uniform[0] * len(found))

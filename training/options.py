@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     switch = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("training")
-    add("-n", "--num-steps", **steps, default=4500, help="training steps in total, with those before a resume")
+    add("-n", "--num-steps", **steps, default=3000, help="training steps in total, with those before a resume")
     add("-b", "--batch-size", type=positive(int), default=128, metavar="IMAGES", help="images per training step")
     add("-lr", "--learning-rate", **rate, help="largest learning rate of model and guide")
     add("-blr", "--baseline-learning-rate", **rate, help="largest learning rate of the baseline")
