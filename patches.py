@@ -37,7 +37,7 @@ SWEEPS = 2  # of the search
 MOST_OBJECTS = 8  # that are looked for in a cell, if not more in training
 ROOM = 1.0  # usual windows that a patch is larger than its cell, for the windows of objects at the cell's border
 CELL = 2.2  # usual windows that a cell may be long: few objects lie in it
-PATIENCE, TOGETHER = 3, 16  # See inference.py; for the images that have several cells.
+PATIENCE, TOGETHER = 5, 16  # See inference.py; for the images that have several cells.
 MOST_PATCHES = 1024  # at once, for the memory's sake
 FAR = 1e3  # canvases; a place where nothing is near
 
