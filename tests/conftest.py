@@ -37,7 +37,7 @@ from training.run import read_metrics as metrics  # noqa: E402
 
 # The search finds little in what was hardly trained, and few images are looked at.
 evaluation.recombine.__defaults__ = 12, 5
-inference.PATIENCE, inference.TOGETHER = 1, 4
+inference.PATIENCE, inference.TOGETHER = 2, 4
 patches.PATIENCE, patches.TOGETHER, patches.SWEEPS = 1, 4, 1
 
 LIMIT = 600  # seconds that an event is waited for, however slow the machine is
