@@ -13,10 +13,13 @@ TEXT = (ROOT / "air.ipynb").read_text()
 CELLS = nbformat.reads(TEXT, as_version=4).cells
 CODE = [cell for cell in CELLS if cell.cell_type == "code"]
 PARAMETERS = "RNN_RUN, LONG_RUN, EVERY, SCENES = 2, 2, 2, 2"
-# Few scenes of drawn digits in place of MNIST.
+# Few scenes of drawn digits in place of MNIST, and short searches.
 SMALL_DATA = """
+import inference
 import multi_mnist
 import numpy as np
+import patches
+inference.PATIENCE = inference.TOGETHER = patches.PATIENCE = patches.TOGETHER = 2
 drawn = [*np.load({path!r}).values()]
 multi_mnist.load_digits = lambda train: drawn
 multi_mnist.load_split = lambda split: multi_mnist.compose(*drawn, 600, np.random.default_rng(len(split)))
