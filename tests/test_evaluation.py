@@ -21,22 +21,22 @@ def air():
 
 
 def test_the_numbers_are_what_they_are_called(air, scenes, monkeypatch):
-    x, true = scenes.x[:100], scenes.counts[:100]
-    monkeypatch.setattr(evaluation, "BATCH_PIXELS", 50 * 4 * 50**2)  # 50 images
+    x, true = scenes.x[:40], scenes.counts[:40]
+    monkeypatch.setattr(evaluation, "BATCH_PIXELS", 20 * 4 * 50**2)  # 20 images
     result, *others = evaluate(air, Scenes(x, true), measure_search=True, temperature=2.0)
     torch.manual_seed(0)
-    seen = Inference(*map(torch.cat, zip(infer(air, x[:50]), infer(air, x[50:]))))
+    seen = Inference(*map(torch.cat, zip(infer(air, x[:20]), infer(air, x[20:]))))
     counts, searched = seen.counts.numpy(), find(air, x)
     guesses = counts, seen.count_probs.argmax(1).numpy(), np.array([found.count for found in searched])
     ways = [result[f"count_accuracy{way}"] for way in ("", "_mode", "_search")]
     assert ways == [np.mean(guess == true) for guess in guesses]
     assert result.items() >= evaluation.search_metrics(searched, true, 2.0).items()
-    assert result["images"] == 100 and result["last_step_rate"] == np.mean(counts == 3)
+    assert result["images"] == 40 and result["last_step_rate"] == np.mean(counts == 3)
     assert result["elbo"] == pytest.approx(seen.log_weight.mean().item(), rel=1e-5)
     assert result["confusion"] == [[((true == i) & (counts == j)).sum() for j in range(4)] for i in range(3)]
     assert all(map(np.array_equal, [*others[:2], others[2].canvases], [counts, seen.boxes, seen.canvases[:30]]))
     # (Of large images, fewer are looked at together, so that memory does not grow with the canvas.)
-    assert evaluation.default_batch_size(AIR(image_size=250, **SMALL), 3) == 50 // 25
+    assert evaluation.default_batch_size(AIR(image_size=100, **SMALL), 3) == 20 // 4
 
 
 def test_few_ordinary_scenes_are_out_of_distribution():
