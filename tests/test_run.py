@@ -13,12 +13,14 @@ import termios
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import LIMIT, SHORT, before, before_steps, check_same, files, reached, wait_for
 from filelock import FileLock, Timeout
 
 import main
+import training.pictures
 import training.svi
 from training.checkpoint import load_air, read_checkpoint
 from training.run import read_metrics
@@ -28,7 +30,8 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 
 
 def kill(moment: int, folder: str) -> None:
-    """main.py is killed before that one of its accesses to files in the folder; each is written in two parts."""
+    """main.py is killed before that one of its accesses to files in the folder; each is written in two parts. (Its
+    pictures are small.)"""
     moments = itertools.count(1)
 
     def count(event, args):
@@ -41,10 +44,18 @@ def kill(moment: int, folder: str) -> None:
                 file.write(part)
 
     Path.write_bytes = write_bytes
+    training.pictures.draw = lambda *_: dict.fromkeys("abcd", np.zeros((2, 2, 3), np.uint8))
     sys.addaudithook(count)
 
 
-@pytest.mark.parametrize("flags", ["traceenum", "tracegraph", pytest.param("tracegraph --cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "tracegraph",
+        pytest.param("traceenum", marks=pytest.mark.slow),
+        pytest.param("tracegraph --cuda", marks=NEEDS_GPU),
+    ],
+)
 @pytest.mark.parametrize("n", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_resuming_is_exact(n, flags, start, run_main, tmp_path):
     """Stopped after a third of its steps by Ctrl-C, which ends the reader of `2>&1 | tee log` too, and after two thirds
