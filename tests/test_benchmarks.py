@@ -155,7 +155,11 @@ def test_scripts_print_what_they_measured_of_a_finished_run(run, digits, scenes,
     shutil.copytree(run[0], tmp_path / "seed3")
     patched = [(report, "UNLIKE", 10), (many, "SCENES", [(3, 90)]), (many, "EACH", 1), (moves, "MOST", (0, 2))]
     patched += [(many, "SIZES", (1.4,)), (coins, "coins", lambda: coin()[:80, :250])]
-    patched += [(estimators, "load_split", lambda *_: Scenes(*(part[:20] for part in scenes))), (estimators, "FIT", 2), (estimators, "BATCH", 8)]
+    patched += [
+        (estimators, "load_split", lambda *_: Scenes(*(part[:20] for part in scenes))),
+        (estimators, "FIT", 2),
+        (estimators, "BATCH", 8),
+    ]
     for patch in [*patched, *((script, "load_digits", lambda *_: digits) for script in (many, moves, seeds, unlike))]:
         monkeypatch.setattr(*patch)
     last, rows = metrics(run[0])[-1], rows_of(seeds, "--whole", "--seeds", 3, "--out", tmp_path, "--unseen")
