@@ -35,12 +35,14 @@ PAGE = [
 ]
 # As `python -m visdom.server`, which would first look for the files, and end where no CDN is reached.
 SERVE = """
-import functools, os, sys
-sys.modules["torch"] = None  # visdom's client would import it, which takes seconds.
+import os, sys, types
+# Visdom's client would import it, which takes seconds. (What it imports itself asks whether things are tensors.)
+sys.modules["torch"] = types.SimpleNamespace(Tensor=())
 os.environ["HOME"] = os.getcwd()
-from tornado.web import Application
+from tornado import netutil
+bind = netutil.bind_sockets
+netutil.bind_sockets = lambda *args, **options: bind(*args, **options | {"reuse_port": True})  # see `reserved_port`
 from visdom.server.run_server import main
-Application.listen = functools.partialmethod(Application.listen, reuse_port=True)  # see `reserved_port`
 main()
 """
 
