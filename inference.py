@@ -25,9 +25,7 @@ from modules import Look, image_to_object, pose_to_box, pose_to_place
 
 MOVES = 100  # at most, for an image
 PATIENCE = 8  # An image is done after this many moves without gain, for each of its objects.
-# A pair of objects whose centres are less than CLOSE usual windows apart costs CROWDING nats more than two others, or
-# pieces of one object would pass for several.
-CROWDING, CLOSE = 8.0, 0.6
+OVERLAP = 6.0  # what it costs, in nats, that objects paint over one another, see `overlap`
 TAKEN_OFF = 0.4  # the chance that an object is, where any may be
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
 OUTSIDE = 1e6  # nats that an object is charged where none may be
@@ -58,7 +56,7 @@ class Explanation(NamedTuple):
     z_what: Tensor  # [n, T, z_what_size]
     painted: Tensor  # [n, T, h, h]
     weight: Tensor  # [n, T], log p(z_where_t, z_what_t) - log q(z_where_t, z_what_t), less `AIR.price`
-    evidence: Tensor  # [n], log p(x | z) and the sum of weights, less CROWDING for each close pair
+    evidence: Tensor  # [n], log p(x | z) and the sum of weights, less OVERLAP times the overlap
     count_evidence: Tensor  # [n, T + 1], the most evidence of all explanations with so many objects
     idle: Tensor  # int64 [n], moves since the evidence last grew by more than a nat
 
@@ -68,7 +66,6 @@ class View(NamedTuple):
 
     x: Tensor  # [n, h, h]
     canvas: Tensor  # [n, h, h], what those objects paint
-    around: Tensor  # [n, k, 2], their places in canvas coordinates; far away where there are fewer than k
     within: Tensor  # [n, 4], the left, top, right and bottom edge of where other objects may have their centres
 
 
@@ -116,12 +113,12 @@ def search(
     """The best explanations of `view` with at most `most` objects that were found.
 
     An explanation is a set of objects z; its evidence is
-    `log p(x | z) + sum_t (log p(z_t) - log q(z_t)) - CROWDING * (number of close pairs)`: an importance weight,
-    which compares explanations with different numbers of objects. The prior on the set is that of a Strauss process: a
-    strict price for what is close to another object, a low one for what stands alone, or a thin digit would be left
-    out. A search goes through explanations, from `found` on, or from that of the greedy guide (`moves=0`). A
-    move takes some objects off, lets the guide propose two for the canvas that remains, then each of the two again,
-    now that the other is known. Of what this gives, and what there was, it keeps what has the most evidence.
+    `log p(x | z) + sum_t (log p(z_t) - log q(z_t)) - OVERLAP * overlap`: an importance weight, which compares
+    explanations with different numbers of objects. The last term is a prior on the set: where one object is explained
+    by two, its pieces overlap; two objects hardly do, however close they are. A search goes through explanations, from
+    `found` on, or from that of the greedy guide (`moves=0`). A move takes some objects off, lets the guide propose two
+    for the canvas that remains, then each of the two again, now that the other is known. Of what this gives, and what
+    there was, it keeps what has the most evidence.
     What is taken off, and where the guide then looks, is one of four, in turn:
 
     1. each object with a chance of TAKEN_OFF; at the peaks of the residual, or a little beside them, as in 2 and 3;
@@ -184,7 +181,7 @@ def explanation(air: AIR, view: View, objects: Sequence[Tensor], used: Tensor) -
     """The one of the objects (the fields z_where to weight) that are used, bool `[n, T]`."""
     canvas = view.canvas + (objects[2] * used[..., None, None]).sum(1)
     evidence = Normal(canvas, air.likelihood_sd).log_prob(view.x).sum((1, 2)) + (objects[-1] * used).sum(1)
-    evidence = evidence - CROWDING * close_pairs(objects[0], used[:, None], view.around, 2 / air.z_where_loc[0])[:, 0]
+    evidence = evidence - OVERLAP * overlap(objects[2], used[:, None], view.canvas)[:, 0]
     counts = used.sum(1)
     seen = evidence.new_full((len(used), used.shape[1] + 1), -math.inf).scatter(1, counts[:, None], evidence[:, None])
     return Explanation(counts, *used_first(objects, used), evidence, seen, torch.zeros_like(counts))
@@ -241,7 +238,7 @@ def propose_again(
     objects = [torch.cat(parts, 1) for parts in zip(found[1:5], two, first, second)]
     counts, most = used.sum(-1), kept.shape[1]
     evidence = log_likelihood + (objects[-1][:, None] * used).sum(-1)
-    evidence = evidence - CROWDING * close_pairs(objects[0], used, view.around, 2 / air.z_where_loc[0])
+    evidence = evidence - OVERLAP * overlap(objects[2], used, view.canvas)
     evidence = evidence.masked_fill(counts > most, -math.inf)
     seen = evidence.new_full((len(evidence), most + 1), -math.inf)
     seen = seen.scatter_reduce(1, counts.clamp(max=most), evidence, "amax")
@@ -252,16 +249,18 @@ def propose_again(
     return Explanation(used.sum(1), *objects, evidence, seen, torch.zeros_like(found.idle))
 
 
-def close_pairs(z_where: Tensor, used: Tensor, around: Tensor, window: float) -> Tensor:
-    """How many pairs of objects are less than CLOSE windows apart, `[n, c]`, in c sets of objects for each image.
+def overlap(painted: Tensor, used: Tensor, canvas: Tensor) -> Tensor:
+    """How much objects paint over one another, in c sets of objects for each image, `[n, c]`.
 
-    z_where: the poses of k objects, `[n, k, 3]`; used: which of them are in each set, bool `[n, c, k]`; around: the
-    places of others, that are in all sets.
+    It is the product of what two of them paint on a pixel, summed over pixels and pairs. painted: what each of k
+    objects paints, `[n, k, h, h]`; used: which of them are in each set, bool `[n, c, k]`; canvas: what others paint,
+    that are in all sets, `[n, h, h]`.
     """
-    places, used = pose_to_place(z_where), used.to(z_where)
-    near, beside = (torch.cdist(places, others) < CLOSE * window for others in (places, around))
-    near.diagonal(dim1=1, dim2=2).zero_()
-    return ((used @ near.to(used)) * used).sum(-1) / 2 + (used @ beside.sum(-1, keepdim=True).to(used))[..., 0]
+    painted, used = painted.flatten(2), used.to(painted)
+    both = painted @ painted.mT
+    both.diagonal(dim1=1, dim2=2).zero_()
+    beside = painted @ canvas.flatten(1)[..., None]
+    return ((used @ both) * used).sum(-1) / 2 + (used @ beside)[..., 0]
 
 
 def propose(air: AIR, view: View, canvas: Tensor, most: int, looks: list[Look], given: Messenger) -> tuple[Tensor, ...]:

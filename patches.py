@@ -20,17 +20,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from air import AIR
-from inference import (
-    CLOSE,
-    CROWDING,
-    MOVES,
-    View,
-    check_values,
-    evaluating,
-    explanation,
-    search,
-    some,
-)
+from inference import MOVES, OVERLAP, View, check_values, evaluating, explanation, search, some
 from modules import MIN_SCALE, pose_to_place
 
 SWEEPS = 2  # of the search
@@ -39,7 +29,6 @@ ROOM = 1.0  # usual windows that a patch is larger than its cell, for the window
 CELL = 2.2  # usual windows that a cell may be long: few objects lie in it
 PATIENCE, TOGETHER = 5, 16  # See inference.py; for the images that have several cells.
 MOST_PATCHES = 1024  # at once, for the memory's sake
-FAR = 1e3  # canvases; a place where nothing is near
 
 
 class Objects(NamedTuple):
@@ -208,7 +197,7 @@ def search_patches(air: AIR, patches: list[Patch], look: Callable, most: int, af
 
     objects, there = stacked(fixed, max(len(part.poses) for part in fixed))
     canvas = (paint(air, objects) * there[..., None, None]).sum(1)
-    view = View(x, canvas, pose_to_place(objects.poses).where(there[..., None], FAR), within)
+    view = View(x, canvas, within)
     objects, used = stacked(free, most)
     start = explanation(air, view, [*objects[:2], paint(air, objects), objects.weight], used)
     # Where nothing is left to explain, nothing can be gained.
@@ -268,12 +257,12 @@ def assemble(air: AIR, searched: Searched, image: np.ndarray | Tensor) -> Found:
     for frame, part in zip(frames, painted):
         canvas[frame] += part
     error = pad(x, (side,) * 4) - canvas
-    close = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist") < CLOSE * air.usual_window
-    close.fill_diagonal_(False)
     scale = 2 * air.likelihood_sd**2
-    log_weight = objects.weight.sum() - error.square().sum() / scale - CROWDING * close.sum() / 2
+    overlaps = [(part * (canvas[frame] - part)).sum() for frame, part in zip(frames, painted)]
     without = [((error[frame] + part).square() - error[frame].square()).sum() for frame, part in zip(frames, painted)]
-    losses = (torch.stack(without) / scale if without else x.new_zeros(0)) + objects.weight - CROWDING * close.sum(1)
+    overlaps, without = (torch.stack(part) if part else x.new_zeros(0) for part in (overlaps, without))
+    log_weight = objects.weight.sum() - error.square().sum() / scale - OVERLAP * overlaps.sum() / 2
+    losses = without / scale + objects.weight - OVERLAP * overlaps
     h, w = image.shape
     width = air.image_size / s.clamp(min=MIN_SCALE)
     row, column = (

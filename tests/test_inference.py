@@ -11,7 +11,7 @@ from torch.distributions import Normal
 
 import inference
 from air import AIR
-from inference import View, infer, search
+from inference import OVERLAP, View, infer, search
 from modules import Look, Step, image_to_object, object_to_image
 from patches import find
 
@@ -45,18 +45,18 @@ def test_the_guide_is_read_out(air, x):
         torch.testing.assert_close(seen.x_att[i], image_to_object(seen.z_where[i], x[[i] * 3, None], 9)[:, 0])
 
 
-def by_hand(air, x, most, moves):
+def by_hand(air, x, canvas, most, moves):
     """`search` of one image `[h, h]`, by its docstring and without Pyro: the objects, the evidence, the best of each
-    count, and the objects taken off by each move."""
+    count, and the objects taken off by each move. canvas: what is painted already."""
     size, window = x.shape[-1], 2 / 3
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(air.z_what_size, generator=rng).double()
     prior = Normal(torch.tensor([3.0, 0, 0]).double(), torch.tensor([0.2, 1, 1]).double())
 
-    def propose(canvas, place, shift):
+    def propose(seen, place, shift):
         look = Look(None if place is None else place[None], shift)
-        logit, loc, scale, _ = air.attend(Step(x[None], canvas[None], None, None, (), look))
-        mean, sd = air.encode(air.crop(loc, x[None], canvas[None]))
+        logit, loc, scale, _ = air.attend(Step(x[None], seen[None], None, None, (), look))
+        mean, sd = air.encode(air.crop(loc, x[None], seen[None]))
         code = mean + sd * noise
         in_the_middle = torch.cat([loc[:, :1], torch.zeros_like(loc[:, 1:])], 1)  # as probable as any other place
         log_p = prior.log_prob(in_the_middle).sum() + Normal(0, 1).log_prob(code).sum()
@@ -64,8 +64,8 @@ def by_hand(air, x, most, moves):
         return loc[0], object_to_image(loc, air.decode(code), size)[0], log_p - log_q - 6.0, logit.item()
 
     def judge(objects):
-        close = sum((place(a) - place(b)).norm() < 0.6 * window for a, b in itertools.combinations(objects, 2))
-        evidence = Normal(painted(objects), 0.3).log_prob(x).sum() + sum(o[2] for o in objects) - 8.0 * close
+        overlap = sum((a[1] * b[1]).sum() for a, b in itertools.combinations([(0, canvas), *objects], 2))
+        evidence = Normal(painted(objects), 0.3).log_prob(x).sum() + sum(o[2] for o in objects) - OVERLAP * overlap
         best[len(objects)] = max(best[len(objects)], float(evidence))
         return float(evidence)
 
@@ -73,7 +73,7 @@ def by_hand(air, x, most, moves):
         return -o[0][1:] / o[0][0].clamp(min=1)
 
     def painted(objects):
-        return sum((o[1] for o in objects), torch.zeros_like(x))
+        return sum((o[1] for o in objects), canvas)
 
     best, found, idle, taken = [-np.inf] * (most + 1), [], 0, []
     while len(found) < most and (new := propose(painted(found), None, torch.zeros(2)))[3] >= 0:
@@ -117,11 +117,12 @@ def test_the_search_is_what_its_docstring_says(x, most, monkeypatch):
     monkeypatch.setattr(inference, "PATIENCE", 6)
     air, compared = small_air(0.0).eval(), 0
     everywhere = torch.tensor([-np.inf, -np.inf, np.inf, np.inf]).expand(len(x), 4)
+    canvas = x.flip(0) / 4
     with torch.no_grad():
-        seen = search(air, View(x, 0 * x, x.new_zeros(len(x), 0, 2), everywhere), most, moves=30, seed=0)
+        seen = search(air, View(x, canvas, everywhere), most, moves=30, seed=0)
     for i in range(len(x)):
         with torch.no_grad():
-            objects, evidence, best, taken = by_hand(air, x[i], most, 30)
+            objects, evidence, best, taken = by_hand(air, x[i], canvas[i], most, 30)
         assert seen.counts[i] == len(objects) and float(seen.evidence[i]) == pytest.approx(evidence)
         assert seen.count_evidence[i].tolist() == pytest.approx(best)
         for pose, (expected, *_) in zip(seen.z_where[i], objects):

@@ -9,6 +9,7 @@ from test_air import small_air
 
 import multi_mnist
 import patches
+from inference import OVERLAP
 from patches import Found, find, possible
 
 
@@ -38,7 +39,7 @@ def test_the_evidence_of_an_image(air, large, scenes):
     """Painted anew, object by object on the whole image: the evidence, and what would be lost without each."""
     images = [*large, *scenes.x[scenes.counts > 0][:3], np.zeros((50, 50), np.uint8)]
     for x, found in zip(images, find(air, images, moves=8)):
-        s, places = found.objects.poses[:, 0], found.objects.poses[:, 1:]
+        s = found.objects.poses[:, 0]
         down, across = (torch.arange(n) + 0.5 for n in x.shape)
         painted = []
         for code, (left, top, w, h) in zip(found.objects.z_what, found.boxes):
@@ -50,9 +51,8 @@ def test_the_evidence_of_an_image(air, large, scenes):
         def evidence(used):
             canvas = sum((painted[i] for i in used), torch.zeros(x.shape))
             error = (torch.from_numpy(x) / 255 - canvas).square().sum() / (2 * 0.3**2)
-            pairs = itertools.combinations(used, 2)
-            close = sum((places[a] - places[b]).norm() < 0.6 * air.usual_window for a, b in pairs)
-            return float(sum(found.objects.weight[i] for i in used) - error - 8.0 * close)
+            overlap = sum((painted[a] * painted[b]).sum() for a, b in itertools.combinations(used, 2))
+            return float(sum(found.objects.weight[i] for i in used) - error - OVERLAP * overlap)
 
         everything = list(range(found.count))
         assert found.log_weight == pytest.approx(evidence(everything), abs=0.05)
