@@ -25,7 +25,7 @@ from modules import Look, image_to_object, pose_to_box, pose_to_place
 
 MOVES = 100  # at most, for an image
 PATIENCE = 8  # An image is done after this many moves without gain, for each of its objects.
-OVERLAP = 6.0  # what it costs, in nats, that objects paint over one another, see `overlap`
+OVERLAP = 4.0  # what it costs, in nats, that objects paint over one another, see `overlap`
 TAKEN_OFF = 0.4  # the chance that an object is, where any may be
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
 OUTSIDE = 1e6  # nats that an object is charged where none may be
