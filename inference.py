@@ -115,10 +115,10 @@ def search(
     An explanation is a set of objects z; its evidence is
     `log p(x | z) + sum_t (log p(z_t) - log q(z_t)) - OVERLAP * overlap`: an importance weight, which compares
     explanations with different numbers of objects. The last term is a prior on the set: where one object is explained
-    by two, its pieces overlap; two objects hardly do, however close they are. A search goes through explanations, from
-    `found` on, or from that of the greedy guide (`moves=0`). A move takes some objects off, lets the guide propose two
-    for the canvas that remains, then each of the two again, now that the other is known. Of what this gives, and what
-    there was, it keeps what has the most evidence.
+    by two, its pieces overlap; two objects overlap less, even where they are close. A search goes through explanations,
+    from `found` on, or from that of the greedy guide (`moves=0`). A move takes some objects off, lets the guide propose
+    two for the canvas that remains, then each of the two again, now that the other is known. Of what this gives, and
+    what there was, it keeps what has the most evidence.
     What is taken off, and where the guide then looks, is one of four, in turn:
 
     1. each object with a chance of TAKEN_OFF; at the peaks of the residual, or a little beside them, as in 2 and 3;
