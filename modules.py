@@ -127,11 +127,13 @@ class Encoder(nn.Module):
 
     def __init__(self, in_channels: int, window_size: int, hidden_size: int, z_what_size: int):
         super().__init__()
-        self.mlp = MLP(in_channels * window_size**2, hidden_size, 2 * z_what_size)
+        self.net = nn.Sequential(
+            ConvNet(in_channels, window_size, hidden_size), nn.Linear(hidden_size, 2 * z_what_size)
+        )
 
     def forward(self, crop: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the mean and the standard deviation, `[batch, z_what_size]` each."""
-        loc, scale = self.mlp(crop.transpose(1, 2).flatten(1)).chunk(2, -1)
+        loc, scale = self.net(crop).chunk(2, -1)
         return loc, softplus(scale).clamp(min=MIN_SD)
 
 

@@ -128,8 +128,8 @@ def test_guide_density_by_hand(kind, x):
             z_where, z_what = values[f"z_where_{t}"][i : i + 1], values[f"z_what_{t}"][i : i + 1]
             expected[i] += math.log(p) + normal(z_where, mean, sd).detach()
             seen = (x[i] - canvas, x[i]) if kind == "residual" else (x[i],)
-            crop = torch.cat([image_to_object(z_where, picture[None, None], 9)[0, 0] for picture in seen], -1)
-            mean, sd = air.encode.mlp(crop.flatten()).chunk(2)
+            crop = torch.cat([image_to_object(z_where, picture[None, None], 9) for picture in seen], 1)
+            mean, sd = air.encode.net(crop)[0].chunk(2)
             expected[i] += normal(z_what, mean, nn.functional.softplus(sd)).detach()
             canvas, previous = paint_by_hand(air, values, i, t + 1), torch.cat([z_where, z_what], 1)
     torch.testing.assert_close(log_density(poutine.condition(air.guide, values), x), expected, rtol=1e-6, atol=0)

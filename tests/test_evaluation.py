@@ -101,7 +101,7 @@ def test_importance_bound(scenes):
     """Where nothing is painted, and q differs from the prior in the count only, all about log p(x) is known."""
     air = AIR(guide="rnn", count_ratio=1.0, **SMALL)
     air.decode.bias = -1e9
-    for layer, means in (air.attend.predict[-1], 4), (air.encode.mlp[-1], 50):
+    for layer, means in (air.attend.predict[-1], 4), (air.encode.net[-1], 50):
         layer.weight.data.zero_()
         layer.bias.data[:means], layer.bias.data[means:] = 0.0, np.log(np.e - 1)  # of which the softplus is 1
     exact = torch.distributions.Normal(0.0, 0.3).log_prob(torch.from_numpy(scenes.x) / 255).sum((1, 2)).numpy()
