@@ -124,28 +124,26 @@ class AIR(nn.Module):
         # The baseline's: no part of either distribution, and with a learning rate of its own.
         self.baseline = Baseline(image_size, 3 + z_what_size, baseline_size) if baseline == "rnn" else None
 
-    @property
-    def price(self) -> float:
-        """What one more object costs, in nats."""
-        return -math.log(self.count_ratio)
-
     # -------------------------------------------------------------------------- generative model
 
-    def prior_step(self, t: int, max_objects: int, z_pres: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample `p(z_pres_t, z_where_t, z_what_t | z_pres_{t-1})` for `n` scenes.
+    def prior(self, n: int, max_objects: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Sample `p(z)` for `n` scenes: `z_pres_t`, `z_where_t` and `z_what_t` of each step, given `z_pres_{t-1}`.
 
         Every scene takes every step; in those that are complete the mask takes what is sampled out
         of all densities, and `z_pres_t`, 0 for sure, keeps it off the canvas.
         """
-        weights = [self.count_ratio**n for n in range(max_objects - t + 1)]  # of no more objects, one more, ..
-        p_more = sum(weights[1:]) / sum(weights)
-        z_pres = pyro.sample(f"z_pres_{t}", dist.Bernoulli(p_more * z_pres))
-        with poutine.mask(mask=z_pres.bool()):
-            pose = dist.Normal(self.z_where_loc, self.z_where_scale).expand([n, 3])
-            z_where = pyro.sample(f"z_where_{t}", pose.to_event(1))
-            code = dist.Normal(z_where.new_zeros(n, self.z_what_size), 1.0)
-            z_what = pyro.sample(f"z_what_{t}", code.to_event(1))
-        return z_pres, z_where, z_what
+        steps, z_pres = [], self.z_where_loc.new_ones(n)
+        for t in range(max_objects):
+            weights = [self.count_ratio**n for n in range(max_objects - t + 1)]  # of no more objects, one more, ..
+            p_more = sum(weights[1:]) / sum(weights)
+            z_pres = pyro.sample(f"z_pres_{t}", dist.Bernoulli(p_more * z_pres))
+            with poutine.mask(mask=z_pres.bool()):
+                pose = dist.Normal(self.z_where_loc, self.z_where_scale).expand([n, 3])
+                z_where = pyro.sample(f"z_where_{t}", pose.to_event(1))
+                code = dist.Normal(z_where.new_zeros(n, self.z_what_size), 1.0)
+                z_what = pyro.sample(f"z_what_{t}", code.to_event(1))
+            steps.append((z_pres, z_where, z_what))
+        return steps
 
     def paint(self, z_where: Tensor, z_what: Tensor) -> Tensor:
         """One object for each scene, decoded and placed on an empty canvas, `[n, h, h]`."""
@@ -163,16 +161,8 @@ class AIR(nn.Module):
                 del store[name]
         pyro.module("air", self)
 
-    def model(
-        self,
-        x: Tensor | None = None,
-        num_scenes: int = 1,
-        max_objects: int | None = None,
-        canvas: Tensor | None = None,
-    ) -> Tensor:
+    def model(self, x: Tensor | None = None, num_scenes: int = 1, max_objects: int | None = None) -> Tensor:
         """Sample `p(x, z)`: `num_scenes` scenes `[n, h, h]`; or, given the images `x`, be its density there.
-
-        canvas: what is painted already, `[n, h, h]`; nothing, if not given.
 
         Given x, "x" itself has no part in the density (it is masked). With `ll_k` the log-likelihood of `x` given the
         canvas after k objects, and c the count, we write instead
@@ -185,15 +175,11 @@ class AIR(nn.Module):
             self.register_parameters()
         n = num_scenes if x is None else len(x)
         with pyro.plate("scenes", n, dim=-1, device=self.z_where_loc.device):
-            choices, z_pres = [], self.z_where_loc.new_ones(n)
-            for t in range(max_objects):
-                choices.append(self.prior_step(t, max_objects, z_pres, n))
-                z_pres = choices[-1][0]
-            empty = self.z_where_loc.new_zeros(n, self.image_size, self.image_size)
-            canvases = [empty if canvas is None else canvas]
-            for _, z_where, z_what in choices:
+            steps = self.prior(n, max_objects)
+            canvases = [self.z_where_loc.new_zeros(n, self.image_size, self.image_size)]
+            for _, z_where, z_what in steps:
                 canvases.append(canvases[-1] + self.paint(z_where, z_what))
-            counts = sum(z_pres for z_pres, _, _ in choices).long()
+            counts = sum(z_pres for z_pres, _, _ in steps).long()
             scenes = x
             if x is None or counts.dim() == 1:  # Pyro needs no scenes while it enumerates z_pres.
                 means = torch.stack(canvases)[counts, torch.arange(n, device=counts.device)]
@@ -202,7 +188,7 @@ class AIR(nn.Module):
             if x is not None:
                 pyro.factor("empty", dist.Normal(canvases[0], self.likelihood_sd).to_event(2).log_prob(x))
                 errors = [(x - canvas).square().sum((-2, -1)) / (2 * self.likelihood_sd**2) for canvas in canvases]
-                for t, (z_pres, _, _) in enumerate(choices):
+                for t, (z_pres, _, _) in enumerate(steps):
                     with poutine.mask(mask=z_pres.bool()):
                         pyro.factor(f"gain_{t}", errors[t] - errors[t + 1])
         return scenes
@@ -217,6 +203,7 @@ class AIR(nn.Module):
     def guide_step(self, t: int, x: Tensor, look: Look, baseline_projection: Tensor | None, previous: Slot) -> Slot:
         """Sample `q(z_pres_t, z_where_t, z_what_t | x, earlier steps)`, by attending to one place in `x`."""
         z_where, z_what, canvas = previous.z_where, previous.z_what, previous.canvas
+        x = x if look.side is None else torch.where(look.side, x, canvas)
         logit, loc, scale, state = self.attend(Step(x, canvas, z_where, z_what, previous.state, look))
         z_pres_prob = torch.sigmoid(logit)
         baseline_state, options = None, {}

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from air import AIR, Slot
-from modules import Look, image_to_object, pose_to_box, pose_to_place
+from modules import Look, image_to_object, pixel_centres, pose_to_box, pose_to_place
 
 MOVES = 100  # at most, for an image
 PATIENCE = 8  # An image is done after this many moves without gain, for each of its objects.
-OVERLAP = 4.0  # what it costs, in nats, that objects paint over one another, see `overlap`
+PRICE, OVERLAP = 8.0, 8.0  # in nats: what an object costs, and what overlapping costs; see `search`
 TAKEN_OFF = 0.4  # the chance that an object is, where any may be
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
 OUTSIDE = 1e6  # nats that an object is charged where none may be
@@ -55,7 +55,7 @@ class Explanation(NamedTuple):
     z_where: Tensor  # [n, T, 3]
     z_what: Tensor  # [n, T, z_what_size]
     painted: Tensor  # [n, T, h, h]
-    weight: Tensor  # [n, T], log p(z_where_t, z_what_t) - log q(z_where_t, z_what_t), less `AIR.price`
+    weight: Tensor  # [n, T], log p(z_where_t, z_what_t) - log q(z_where_t, z_what_t), less PRICE
     evidence: Tensor  # [n], log p(x | z) and the sum of weights, less OVERLAP times the overlap
     count_evidence: Tensor  # [n, T + 1], the most evidence of all explanations with so many objects
     idle: Tensor  # int64 [n], moves since the evidence last grew by more than a nat
@@ -108,27 +108,27 @@ def search(
     seed: int,
     found: Explanation | None = None,
     patience: int | None = None,
-    together: int | None = None,
 ) -> Explanation:
     """The best explanations of `view` with at most `most` objects that were found.
 
     An explanation is a set of objects z; its evidence is
-    `log p(x | z) + sum_t (log p(z_t) - log q(z_t)) - OVERLAP * overlap`: an importance weight, which compares
-    explanations with different numbers of objects. The last term is a prior on the set: where one object is explained
-    by two, its pieces overlap; two objects overlap less, even where they are close. A search goes through explanations,
-    from `found` on, or from that of the greedy guide (`moves=0`). A move takes some objects off, lets the guide propose
-    two for the canvas that remains, then each of the two again, now that the other is known. Of what this gives, and
-    what there was, it keeps what has the most evidence.
+    `log p(x | z) + sum_t (log p(z_t) - log q(z_t) - PRICE) - OVERLAP * overlap`: an importance weight, which compares
+    explanations with different numbers of objects. Overlap is the product of what two objects paint on a pixel, summed
+    over pixels and pairs. Its price is a prior on the set: where one object is explained by two, its pieces overlap;
+    two objects overlap less, even where they are close. A search goes through explanations, from `found` on, or from
+    that of the greedy guide (`moves=0`). A move takes some objects off, lets the guide propose two for the canvas that
+    remains, then each of the two again, now that the other is known. Of what this gives, and what there was, it keeps
+    what has the most evidence.
     What is taken off, and where the guide then looks, is one of four, in turn:
 
     1. each object with a chance of TAKEN_OFF; at the peaks of the residual, or a little beside them, as in 2 and 3;
     2. an object and its nearest neighbour; at the peaks;
     3. the same; at their own places;
-    4. one object; on both sides of its place. This finds two objects that lie under one window.
+    4. one object; on both sides of a line through its place, where the guide sees one side, then the other only. This
+       finds two objects that lie under one window.
 
     moves: how many at most; an image is done before, after `patience` (PATIENCE) moves without gain for each object.
     seed: of the chances above, which are the same for all images: what is found in one does not depend on others.
-    together: how many images are computed at once (TOGETHER).
 
     It is a search, not a sampler: `q(z_t)` is the density with which an object was proposed, on the canvas of that
     time; moves that lose evidence are never made; and one draw of the codes' noise stands for all. The idea of
@@ -136,10 +136,10 @@ def search(
     The RNN guide has a memory, and cannot begin from any canvas: a move is one more sample of all objects.
     """
     n, rng = len(view.x), torch.Generator().manual_seed(seed)
-    patience, together = patience or PATIENCE, together or TOGETHER
+    patience = patience or PATIENCE
     code_noise = torch.randn(air.z_what_size, generator=rng).to(view.x)
     if found is None:
-        parts = [whole(air, some(view, group), most, Given(code_noise)) for group in padded(torch.arange(n), together)]
+        parts = [whole(air, some(view, group), most, Given(code_noise)) for group in padded(torch.arange(n))]
         found = Explanation(*(torch.cat(part)[:n] for part in zip(*parts)))
     for move in range(moves):
         todo = (found.idle < patience * found.counts.clamp(min=1)).nonzero()[:, 0]
@@ -148,7 +148,7 @@ def search(
         # Drawn for all images, whatever becomes of each.
         uniform = torch.rand(most + 3, generator=rng).to(view.x)
         noise = torch.randn(most + 1, 3, generator=rng).to(view.x)
-        for group in padded(todo, together):
+        for group in padded(todo):
             before, part_of_view = some(found, group), some(view, group)
             if air.sees_residual:
                 kept, looks = take_off(before, move, uniform, noise, 2 / air.z_where_loc[0], part_of_view.within)
@@ -165,33 +165,39 @@ def some(parts: NamedTuple, index: Tensor) -> NamedTuple:
     return type(parts)(*(part[index] for part in parts))
 
 
-def padded(index: Tensor, size: int) -> list[Tensor]:
-    """Groups of some size; the last is filled up with its own first ones."""
-    return [group[torch.arange(size, device=index.device) % len(group)] for group in index.split(size)]
+def padded(index: Tensor) -> list[Tensor]:
+    """Groups of TOGETHER; the last is filled up with its own first ones."""
+    return [group[torch.arange(TOGETHER, device=index.device) % len(group)] for group in index.split(TOGETHER)]
 
 
 def whole(air: AIR, view: View, most: int, given: Messenger) -> Explanation:
     """One run of the guide."""
     looks = [Look(within=view.within)] * most
-    z_pres, *objects, _ = propose(air, view, view.canvas, most, looks, given)
-    return explanation(air, view, objects, z_pres.bool() & is_within(view, objects[0]))
+    z_pres, *objects = propose(air, view, view.canvas, looks, given)
+    return best_of(air, view, objects, (z_pres.bool() & is_within(view, objects[0]))[:, None], most)
 
 
-def explanation(air: AIR, view: View, objects: Sequence[Tensor], used: Tensor) -> Explanation:
-    """The one of the objects (the fields z_where to weight) that are used, bool `[n, T]`."""
-    canvas = view.canvas + (objects[2] * used[..., None, None]).sum(1)
-    evidence = Normal(canvas, air.likelihood_sd).log_prob(view.x).sum((1, 2)) + (objects[-1] * used).sum(1)
-    evidence = evidence - OVERLAP * overlap(objects[2], used[:, None], view.canvas)[:, 0]
-    counts = used.sum(1)
-    seen = evidence.new_full((len(used), used.shape[1] + 1), -math.inf).scatter(1, counts[:, None], evidence[:, None])
-    return Explanation(counts, *used_first(objects, used), evidence, seen, torch.zeros_like(counts))
+def best_of(air: AIR, view: View, objects: Sequence[Tensor], used: Tensor, most: int) -> Explanation:
+    """Of several sets of objects that with the most evidence, see `search`.
 
-
-def used_first(objects: Sequence[Tensor], used: Tensor) -> list[Tensor]:
-    """The objects with the used ones before the others."""
-    order = (~used).long().argsort(dim=1, stable=True)
-    rows = torch.arange(len(used), device=used.device)[:, None]
-    return [part[rows, order] for part in objects]
+    objects: the fields z_where to weight of k objects; used: which are in each set, bool `[n, sets, k]`.
+    """
+    each, painted = used.to(view.x), objects[2].flatten(2)
+    x, painted_before = view.x.flatten(1)[:, None], view.canvas.flatten(1)[:, None]
+    canvas = painted_before + each @ painted
+    # The square of a sum has the square of each in it, and twice the product of each two.
+    squares = painted_before.square().sum(-1) + torch.einsum("nsk, nkp -> ns", each, painted.square())
+    overlap = (canvas.square().sum(-1) - squares) / 2
+    log_likelihood = Normal(canvas, air.likelihood_sd).log_prob(x).sum(-1)
+    evidence = log_likelihood + torch.einsum("nsk, nk -> ns", each, objects[-1]) - OVERLAP * overlap
+    counts = used.sum(-1)
+    evidence = evidence.masked_fill(counts > most, -math.inf)
+    seen = evidence.new_full((len(evidence), most + 1), -math.inf)
+    seen = seen.scatter_reduce(1, counts.clamp(max=most), evidence, "amax")
+    rows, best = torch.arange(len(used), device=used.device), evidence.argmax(1)
+    used_first = (~used[rows, best]).long().argsort(dim=1, stable=True)[:, :most]
+    objects = [part[rows[:, None], used_first] for part in objects]
+    return Explanation(counts[rows, best], *objects, evidence[rows, best], seen, torch.zeros_like(best))
 
 
 def take_off(
@@ -218,7 +224,10 @@ def take_off(
             own = [Look(place, jitter[0]), Look(places[images, nearest], jitter[0])]
             return others & (slots != nearest[:, None]), own
         case 3:
-            return others, [Look(place, aside), Look(place, -aside)]
+            at = pixel_centres(found.painted.shape[-1], place)
+            across, down = aside[0] * (at - place[:, :1]), aside[1] * (at - place[:, 1:])
+            side = across[:, None] + down[..., None] > 0
+            return others, [Look(place, aside, side=side), Look(place, -aside, side=~side)]
 
 
 def propose_again(
@@ -226,60 +235,37 @@ def propose_again(
 ) -> Explanation:
     """The best of what can be made of the objects that are kept and two that the guide proposes, see `search`."""
     canvas = view.canvas + (found.painted * kept[..., None, None]).sum(1)
-    _, *two, after_two = propose(air, view, canvas, 2, looks, given)
+    _, *two = propose(air, view, canvas, looks, given)
     places, painted = pose_to_place(two[0]), two[2]
-    _, *first, after_first = propose(air, view, canvas + painted[:, 1], 1, [Look(places[:, 0])], given)
-    _, *second, after_second = propose(air, view, canvas + first[2][:, 0], 1, [Look(places[:, 1])], given)
-    log_likelihood = torch.cat([after_two, after_first[:, 1:], after_second[:, 1:]], 1)
+    _, *first = propose(air, view, canvas + painted[:, 1], [Look(places[:, 0])], given)
+    _, *second = propose(air, view, canvas + first[2][:, 0], [Look(places[:, 1])], given)
     # Of the two, and the two again: none, the first, both, the first again and the second, both again.
     choices = [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     choices = torch.tensor(choices, dtype=torch.bool, device=canvas.device).expand(len(canvas), -1, -1)
     used = torch.cat([kept[:, None].expand(-1, 5, -1), choices], -1)
     objects = [torch.cat(parts, 1) for parts in zip(found[1:5], two, first, second)]
-    counts, most = used.sum(-1), kept.shape[1]
-    evidence = log_likelihood + (objects[-1][:, None] * used).sum(-1)
-    evidence = evidence - OVERLAP * overlap(objects[2], used, view.canvas)
-    evidence = evidence.masked_fill(counts > most, -math.inf)
-    seen = evidence.new_full((len(evidence), most + 1), -math.inf)
-    seen = seen.scatter_reduce(1, counts.clamp(max=most), evidence, "amax")
-    best = evidence.argmax(1, keepdim=True)
-    used = used.take_along_dim(best[..., None], 1)[:, 0]
-    objects = [part[:, :most] for part in used_first(objects, used)]
-    evidence = evidence.take_along_dim(best, 1)[:, 0]
-    return Explanation(used.sum(1), *objects, evidence, seen, torch.zeros_like(found.idle))
+    return best_of(air, view, objects, used, kept.shape[1])
 
 
-def overlap(painted: Tensor, used: Tensor, canvas: Tensor) -> Tensor:
-    """How much objects paint over one another, in c sets of objects for each image, `[n, c]`.
-
-    It is the product of what two of them paint on a pixel, summed over pixels and pairs. painted: what each of k
-    objects paints, `[n, k, h, h]`; used: which of them are in each set, bool `[n, c, k]`; canvas: what others paint,
-    that are in all sets, `[n, h, h]`.
-    """
-    painted, used = painted.flatten(2), used.to(painted)
-    both = painted @ painted.mT
-    both.diagonal(dim1=1, dim2=2).zero_()
-    beside = painted @ canvas.flatten(1)[..., None]
-    return ((used @ both) * used).sum(-1) / 2 + (used @ beside)[..., 0]
-
-
-def propose(air: AIR, view: View, canvas: Tensor, most: int, looks: list[Look], given: Messenger) -> tuple[Tensor, ...]:
-    """What the guide finds in a view when `canvas` is painted already: for each step z_pres, the fields of
-    `Explanation` from z_where to weight, and `log p(x | z)` after none, one, .. of the objects, `[n, most + 1]`."""
+def propose(air: AIR, view: View, canvas: Tensor, looks: list[Look], given: Messenger) -> tuple[Tensor, ...]:
+    """What the guide finds in a view at each look, when `canvas` is painted already: z_pres, and the fields of
+    `Explanation` from z_where to weight."""
     with given, pyro.validation_enabled(False):
-        guide, model = traces(air, view.x, most, canvas, looks)
+        guide = poutine.trace(air.guide).get_trace(view.x, len(looks), canvas, looks)
+        prior = poutine.trace(poutine.replay(air.prior, trace=guide)).get_trace(len(view.x), len(looks))
+        guide.compute_log_prob()
+        prior.compute_log_prob()
     _, z_pres, z_where, z_what, _, canvases = by_step(guide.nodes["_RETURN"]["value"])
     painted = canvases - torch.cat([canvas[:, None], canvases[:, :-1]], 1)
 
     def log_prob(trace: poutine.Trace, name: str) -> Tensor:
-        return torch.stack([trace.nodes[f"{name}_{t}"]["log_prob"] for t in range(most)], 1)
+        return torch.stack([trace.nodes[f"{name}_{t}"]["log_prob"] for t in range(len(looks))], 1)
 
-    weight = sum(log_prob(model, name) - log_prob(guide, name) for name in ("z_where", "z_what")) - air.price
+    weight = sum(log_prob(prior, name) - log_prob(guide, name) for name in ("z_where", "z_what")) - PRICE
     # Wherever an object lies, it is as probable as in the middle.
     weight = weight + (z_where[..., 1:] / air.z_where_scale[1:]).square().sum(-1) / 2
     weight = weight - OUTSIDE * ~is_within(view, z_where)
-    gains = torch.cat([model.nodes["empty"]["log_prob"][:, None], log_prob(model, "gain")], 1)
-    return z_pres, z_where, z_what, painted, weight, gains.cumsum(1)
+    return z_pres, z_where, z_what, painted, weight
 
 
 def is_within(view: View, z_where: Tensor) -> Tensor:
@@ -325,13 +311,11 @@ class Given(Messenger):
 
 
 @torch.no_grad()
-def traces(
-    air: AIR, x: Tensor, max_objects: int | None = None, canvas: Tensor | None = None, looks: Sequence[Look] = ()
-) -> tuple[poutine.Trace, poutine.Trace]:
+def traces(air: AIR, x: Tensor, max_objects: int | None = None) -> tuple[poutine.Trace, poutine.Trace]:
     """A run of the guide, and the model replayed on it: their traces, with log-probabilities, as evaluated."""
     with evaluating(air):
-        guide = poutine.trace(air.guide).get_trace(x, max_objects, canvas, looks)
-        model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x, 1, max_objects, canvas)
+        guide = poutine.trace(air.guide).get_trace(x, max_objects)
+        model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x, 1, max_objects)
     guide.compute_log_prob()
     model.compute_log_prob()
     return guide, model

@@ -20,14 +20,14 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from air import AIR
-from inference import MOVES, OVERLAP, View, check_values, evaluating, explanation, search, some
+from inference import MOVES, OVERLAP, PRICE, View, best_of, check_values, evaluating, search, some
 from modules import MIN_SCALE, pose_to_place
 
 SWEEPS = 2  # of the search
 MOST_OBJECTS = 8  # that are looked for in a cell, if not more in training
 ROOM = 1.0  # usual windows that a patch is larger than its cell, for the windows of objects at the cell's border
 CELL = 2.2  # usual windows that a cell may be long: few objects lie in it
-PATIENCE, TOGETHER = 5, 16  # See inference.py; for the images that have several cells.
+PATIENCE = 3  # See inference.py; for the images that have several cells.
 MOST_PATCHES = 1024  # at once, for the memory's sake
 
 
@@ -137,8 +137,8 @@ def find(air: AIR, images: Sequence[np.ndarray | Tensor], moves: int = MOVES, se
             patches = [patch for image in todo for patch in lay_patches(air, image, sweep, most)]
             bar.total = bar.n + (SWEEPS + 1 - sweep) * len(patches)
             for turn in sorted({patch.turn for patch in patches}):
-                pace = {"patience": PATIENCE, "together": TOGETHER} if turn[0] else {}
-                look = partial(search, air, most=most, moves=moves if sweep else 0, seed=seed, **pace)
+                patience = PATIENCE if turn[0] else None
+                look = partial(search, air, most=most, moves=moves if sweep else 0, seed=seed, patience=patience)
                 some_patches = [patch for patch in patches if patch.turn == turn]
                 for start in range(0, len(some_patches), MOST_PATCHES):
                     chunk = some_patches[start : start + MOST_PATCHES]
@@ -199,10 +199,10 @@ def search_patches(air: AIR, patches: list[Patch], look: Callable, most: int, af
     canvas = (paint(air, objects) * there[..., None, None]).sum(1)
     view = View(x, canvas, within)
     objects, used = stacked(free, most)
-    start = explanation(air, view, [*objects[:2], paint(air, objects), objects.weight], used)
+    start = best_of(air, view, [*objects[:2], paint(air, objects), objects.weight], used[:, None], most)
     # Where nothing is left to explain, nothing can be gained.
     left = (x - canvas).square().sum((1, 2)) / (2 * air.likelihood_sd**2)
-    todo = (used.any(1) | (left > air.price)).nonzero()[:, 0]
+    todo = (used.any(1) | (left > PRICE)).nonzero()[:, 0]
     if len(todo):
         seen = look(some(view, todo), found=None if afresh else some(start, todo))
         for image, mask in stay.items():
@@ -236,12 +236,12 @@ def paint(air: AIR, objects: Objects) -> Tensor:
     return air.paint(objects.poses.flatten(0, 1), objects.z_what.flatten(0, 1)).unflatten(0, (n, k))
 
 
-def possible(evidence: Tensor, price: float) -> Tensor:
+def possible(evidence: Tensor) -> Tensor:
     """The evidence of each count in each of several cells, `[cells, T + 1]`, without more objects than were found where
     they would not pay even without their price: the many places where there is nothing would add up."""
     most, best = evidence.max(1, keepdim=True)
     more = torch.arange(evidence.shape[1], device=evidence.device) - best
-    return evidence.masked_fill((len(evidence) > 1) & (more > 0) & (evidence + price * more < most), -math.inf)
+    return evidence.masked_fill((len(evidence) > 1) & (more > 0) & (evidence + PRICE * more < most), -math.inf)
 
 
 def assemble(air: AIR, searched: Searched, image: np.ndarray | Tensor) -> Found:
@@ -274,7 +274,7 @@ def assemble(air: AIR, searched: Searched, image: np.ndarray | Tensor) -> Found:
         boxes=torch.cat([places - width / 2, width, width], 1),
         losses=losses,
         cell=row * searched.evidence.shape[1] + column,
-        cell_evidence=possible(searched.evidence.flatten(0, 1), air.price),
+        cell_evidence=possible(searched.evidence.flatten(0, 1)),
         log_weight=float(log_weight),
         explained=float(1 - (error.square().sum() / x.square().sum().clamp(min=1e-6)).clamp(max=1)),
         reconstruction=canvas[side : side + h, side : side + w],

@@ -33,9 +33,9 @@ from multi_mnist import load_split
 class InOnePiece(AIR):
     """Observes the whole image at once, so that each choice is charged with all of it; the same density."""
 
-    def model(self, x=None, num_scenes=1, max_objects=None, canvas=None):
-        if x is None or canvas is not None or not self.training:
-            return super().model(x, num_scenes, max_objects, canvas)
+    def model(self, x=None, num_scenes=1, max_objects=None):
+        if x is None:
+            return super().model(x, num_scenes, max_objects)
         return poutine.condition(super().model, {"x": x})(None, len(x), max_objects)
 
 

@@ -16,25 +16,20 @@ from unittest import mock
 
 import torch
 from pyro import poutine
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import air
 import evaluation
 import main
-import modules
 from air import AIR
 from modules import Decoder, ResidualAttention, image_to_object, to_channels
 
 
-def whole_likelihood(self, x=None, num_scenes=1, max_objects=None, canvas=None, model=AIR.model):
-    """AIR.model, but "x" is observed as it is sampled: every choice is charged with how well the whole image fits.
-
-    Only in training: the search needs the gains.
-    """
-    if x is None or not self.training:
-        return model(self, x, num_scenes, max_objects, canvas)
+def whole_likelihood(self, x=None, num_scenes=1, max_objects=None, model=AIR.model):
+    """AIR.model, but "x" is observed as it is sampled: every choice is charged with how well the whole image fits."""
+    if x is None:
+        return model(self, x, num_scenes, max_objects)
     return poutine.condition(model, {"x": x})(self, None, len(x), max_objects)
 
 
@@ -49,24 +44,12 @@ def crop_with_gradient(self, z_where, x, canvas):
     return image_to_object(z_where, to_channels(x - canvas, x), self.window_size)
 
 
-class Blind(nn.Module):
-    """ConvNet, but it sees nothing: features `[batch, size]` that are 0."""
-
-    def __init__(self, in_channels: int, window_size: int, size: int):
-        super().__init__()
-        self.size = size
-
-    def forward(self, crops):
-        return crops.new_zeros(len(crops), self.size)
-
-
 # name: what is replaced and by what, (object, attribute, replacement) each
 PARTS = {
     # How well the baseline predicts gains cannot be measured without them.
     "gains": [(AIR, "model", whole_likelihood), (evaluation, "baseline_r2", lambda *_: None)],
     "prior": [(main, "AIR", partial(AIR, count_ratio=1.0))],  # a uniform one instead
     "peak": [(ResidualAttention, "peak", centre)],
-    "second-look": [(modules, "ConvNet", Blind)],
     "stop-gradient": [  # at the canvas that the guide sees
         (ResidualAttention, "residual", ResidualAttention.residual.__wrapped__),
         (AIR, "crop", crop_with_gradient),

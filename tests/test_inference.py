@@ -11,7 +11,7 @@ from torch.distributions import Normal
 
 import inference
 from air import AIR
-from inference import OVERLAP, View, infer, search
+from inference import OVERLAP, PRICE, View, infer, search
 from modules import Look, Step, image_to_object, object_to_image
 from patches import find
 
@@ -53,15 +53,16 @@ def by_hand(air, x, canvas, most, moves):
     noise = torch.randn(air.z_what_size, generator=rng).double()
     prior = Normal(torch.tensor([3.0, 0, 0]).double(), torch.tensor([0.2, 1, 1]).double())
 
-    def propose(seen, place, shift):
+    def propose(seen, place, shift, side=None):
         look = Look(None if place is None else place[None], shift)
-        logit, loc, scale, _ = air.attend(Step(x[None], seen[None], None, None, (), look))
-        mean, sd = air.encode(air.crop(loc, x[None], seen[None]))
+        image = x if side is None else torch.where(side, x, seen)
+        logit, loc, scale, _ = air.attend(Step(image[None], seen[None], None, None, (), look))
+        mean, sd = air.encode(air.crop(loc, image[None], seen[None]))
         code = mean + sd * noise
         in_the_middle = torch.cat([loc[:, :1], torch.zeros_like(loc[:, 1:])], 1)  # as probable as any other place
         log_p = prior.log_prob(in_the_middle).sum() + Normal(0, 1).log_prob(code).sum()
         log_q = Normal(loc, scale).log_prob(loc).sum() + Normal(mean, sd).log_prob(code).sum()
-        return loc[0], object_to_image(loc, air.decode(code), size)[0], log_p - log_q - 6.0, logit.item()
+        return loc[0], object_to_image(loc, air.decode(code), size)[0], log_p - log_q - PRICE, logit.item()
 
     def judge(objects):
         overlap = sum((a[1] * b[1]).sum() for a, b in itertools.combinations([(0, canvas), *objects], 2))
@@ -80,7 +81,7 @@ def by_hand(air, x, canvas, most, moves):
         found.append(new)
     evidence = judge(found)
     for move in range(moves):
-        if idle >= 6 * max(1, len(found)):
+        if idle >= 12 * max(1, len(found)):
             break
         uniform, shifts = torch.rand(most + 3, generator=rng).double(), torch.randn(most + 1, 3, generator=rng).double()
         jitter, one = 0.15 * window * shifts[:2, :2], int(uniform[0] * len(found))
@@ -95,7 +96,10 @@ def by_hand(air, x, canvas, most, moves):
         elif move % 4 == 3:
             reach = window * (0.3 + 0.2 * uniform[2])
             shift = reach * torch.stack([(2 * np.pi * uniform[1]).cos(), (2 * np.pi * uniform[1]).sin()])
-            looks, off = [(here, shift), (here, -shift)], {one}
+            at = torch.linspace(-1 + 1 / size, 1 - 1 / size, size).double()
+            points = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)
+            side = ((points - here) @ shift) > 0
+            looks, off = [(here, shift, side), (here, -shift, ~side)], {one}
         kept = [o for i, o in enumerate(found) if i not in off]
         first = propose(painted(kept), *looks[0])
         second = propose(painted([*kept, first]), *looks[1])
@@ -114,7 +118,7 @@ def by_hand(air, x, canvas, most, moves):
 @pytest.mark.parametrize("most", [3, 6])
 def test_the_search_is_what_its_docstring_says(x, most, monkeypatch):
     """For each image, against a slow one without Pyro: the objects, the evidence, and that of each other count."""
-    monkeypatch.setattr(inference, "PATIENCE", 6)
+    monkeypatch.setattr(inference, "PATIENCE", 12)
     air, compared = small_air(0.0).eval(), 0
     everywhere = torch.tensor([-np.inf, -np.inf, np.inf, np.inf]).expand(len(x), 4)
     canvas = x.flip(0) / 4
@@ -148,7 +152,8 @@ def test_an_answer_of_the_rnn_guide_depends_on_the_image_alone(scenes, monkeypat
 
 def test_how_many_objects_can_be_found(x, monkeypatch):
     """One sample: as in training, or as many as are asked for. The search: eight, or more if training had more."""
-    monkeypatch.setattr(AIR, "price", -1e4)
+    monkeypatch.setattr("inference.PRICE", -1e4)
+    monkeypatch.setattr("patches.PRICE", -1e4)
     for config, sampled, found in (({}, 3, 8), ({"max_objects": 12}, 12, 12), ({"guide": "rnn"}, 3, 3)):
         air = small_air(**config)
         (air.attend.present if air.sees_residual else air.attend.predict)[-1].bias.data[0] = 1000.0

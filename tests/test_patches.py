@@ -80,7 +80,7 @@ def test_probabilities_of_several_cells():
     """The sum of independent counts; and an object is one with the probability that there are as many as it needs."""
     rows = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [1.0, 1e-3, 0.0]])
     cell, losses = torch.tensor([0, 0, 1]), torch.tensor([3.0, 9.0, 1.0])
-    found = Found(None, None, losses, cell, possible(2.0 * rows.log(), 6.0), 0.0, 1.0, None)
+    found = Found(None, None, losses, cell, possible(2.0 * rows.log()), 0.0, 1.0, None)
     # In the third, one more would cost 2 * 6.9 nats, more than its price.
     expected = [0.1 * 0.5, 0.2 * 0.5 + 0.1 * 0.5, 0.7 * 0.5 + 0.2 * 0.5, 0.7 * 0.5]
     np.testing.assert_allclose(found.count_probs(2.0), expected, atol=1e-6)
