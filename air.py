@@ -67,7 +67,7 @@ class AIR(nn.Module):
     z_what_size, hidden_size, look_size, rnn_size, baseline_size: numbers of units: of the code, of encoder and
         decoder, of the guide's look at a place, of the LSTM of the RNN guide, of that of the baseline.
     count_ratio: the prior on the count is a geometric one cut off at T, `p(n) ~ count_ratio ** n`. A small one keeps
-        one object from being explained by several pieces.
+        one object from being explained by several pieces. The search has a price of its own, `inference.PRICE`.
     z_where_loc, z_where_scale: mean and sd of the Normal prior on the pose `[s, x, y]`.
     likelihood_sd: sd of the Normal noise on each pixel.
     guide: "residual" or "rnn", see the module's docstring.
@@ -129,12 +129,12 @@ class AIR(nn.Module):
     def prior(self, n: int, max_objects: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Sample `p(z)` for `n` scenes: `z_pres_t`, `z_where_t` and `z_what_t` of each step, given `z_pres_{t-1}`.
 
-        Every scene takes every step; in those that are complete the mask takes what is sampled out
-        of all densities, and `z_pres_t`, 0 for sure, keeps it off the canvas.
+        Every scene takes all steps. Once it is complete, the mask takes what is sampled out of all
+        densities, and `z_pres_t`, then always 0, keeps it off the canvas.
         """
         steps, z_pres = [], self.z_where_loc.new_ones(n)
         for t in range(max_objects):
-            weights = [self.count_ratio**n for n in range(max_objects - t + 1)]  # of no more objects, one more, ..
+            weights = [self.count_ratio**k for k in range(max_objects - t + 1)]  # of no more objects, one more, ..
             p_more = sum(weights[1:]) / sum(weights)
             z_pres = pyro.sample(f"z_pres_{t}", dist.Bernoulli(p_more * z_pres))
             with poutine.mask(mask=z_pres.bool()):
@@ -226,11 +226,7 @@ class AIR(nn.Module):
         return Slot(state, baseline_state, z_pres_prob, z_pres, z_where, z_what, z_what_mean, canvas)
 
     def guide(
-        self,
-        x: Tensor,
-        max_objects: int | None = None,
-        canvas: Tensor | None = None,
-        looks: Sequence[Look] = (),
+        self, x: Tensor, max_objects: int | None = None, canvas: Tensor | None = None, looks: Sequence[Look] = ()
     ) -> list[Slot]:
         """Sample `q(z | x)` for images `[n, h, h]`; returns the steps.
 

@@ -8,8 +8,7 @@ and again: objects are taken off, the guide proposes others for what is then lef
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +25,9 @@ from modules import Look, image_to_object, pixel_centres, pose_to_box, pose_to_p
 MOVES = 100  # at most, for an image
 PATIENCE = 8  # An image is done after this many moves without gain, for each of its objects.
 PRICE, OVERLAP = 8.0, 8.0  # in nats: what an object costs, and what overlapping costs; see `search`
-TAKEN_OFF = 0.4  # the chance that an object is, where any may be
+TAKEN_OFF = 0.4  # the chance that an object is taken off, in moves of the first kind
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
-OUTSIDE = 1e6  # nats that an object is charged where none may be
+OUTSIDE = 1e6  # nats that an object costs outside `View.within`
 TOGETHER = 32  # Always so many images are computed at once: rounding depends on it.
 
 
@@ -82,8 +81,6 @@ def infer(air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None) -> I
     p, z_pres, z_where, z_what, z_what_mean, canvases = by_step(guide.nodes["_RETURN"]["value"])
     ones, counts = torch.ones_like(p[:, :1]), z_pres.sum(1).long()
     canvases = torch.cat([torch.zeros_like(x)[:, None], canvases], 1)
-    with evaluating(air):
-        y_att = torch.stack([air.decode(code) for code in z_what.unbind(1)], 1)
     return Inference(
         counts=counts,
         # q(n) = (more, n times) * (then no more); after T steps it is over for sure.
@@ -94,20 +91,15 @@ def infer(air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None) -> I
         z_what_mean=z_what_mean,
         boxes=pose_to_box(z_where, air.image_size),
         x_att=torch.stack([image_to_object(pose, x[:, None], air.window_size)[:, 0] for pose in z_where.unbind(1)], 1),
-        y_att=y_att,
+        y_att=torch.stack([air.decode(code) for code in z_what.unbind(1)], 1),
         canvases=canvases,
         reconstruction=canvases[torch.arange(len(x), device=x.device), counts],
     )
 
 
+@torch.no_grad()
 def search(
-    air: AIR,
-    view: View,
-    most: int,
-    moves: int,
-    seed: int,
-    found: Explanation | None = None,
-    patience: int | None = None,
+    air: AIR, view: View, most: int, moves: int, seed: int, found: Explanation | None = None, patience: int = 0
 ) -> Explanation:
     """The best explanations of `view` with at most `most` objects that were found.
 
@@ -121,13 +113,14 @@ def search(
     what has the most evidence.
     What is taken off, and where the guide then looks, is one of four, in turn:
 
-    1. each object with a chance of TAKEN_OFF; at the peaks of the residual, or a little beside them, as in 2 and 3;
+    1. each object with a chance of TAKEN_OFF; at the peaks of the residual, with a small random shift, as in 2 and 3;
     2. an object and its nearest neighbour; at the peaks;
     3. the same; at their own places;
-    4. one object; on both sides of a line through its place, where the guide sees one side, then the other only. This
-       finds two objects that lie under one window.
+    4. one object; at one side of a random line through its place, then at the other, and each time the guide sees that
+       side alone. This finds two objects that lie under one window.
 
-    moves: how many at most; an image is done before, after `patience` (PATIENCE) moves without gain for each object.
+    moves: how many at most; an image is done earlier, once `patience` (0: PATIENCE) moves for each of its objects have
+        gained less than a nat.
     seed: of the chances above, which are the same for all images: what is found in one does not depend on others.
 
     It is a search, not a sampler: `q(z_t)` is the density with which an object was proposed, on the canvas of that
@@ -136,13 +129,12 @@ def search(
     The RNN guide has a memory, and cannot begin from any canvas: a move is one more sample of all objects.
     """
     n, rng = len(view.x), torch.Generator().manual_seed(seed)
-    patience = patience or PATIENCE
     code_noise = torch.randn(air.z_what_size, generator=rng).to(view.x)
     if found is None:
         parts = [whole(air, some(view, group), most, Given(code_noise)) for group in padded(torch.arange(n))]
         found = Explanation(*(torch.cat(part)[:n] for part in zip(*parts)))
     for move in range(moves):
-        todo = (found.idle < patience * found.counts.clamp(min=1)).nonzero()[:, 0]
+        todo = (found.idle < (patience or PATIENCE) * found.counts.clamp(min=1)).nonzero()[:, 0]
         if not len(todo):
             break
         # Drawn for all images, whatever becomes of each.
@@ -161,7 +153,7 @@ def search(
 
 
 def some(parts: NamedTuple, index: Tensor) -> NamedTuple:
-    """Of all parts those at some indices."""
+    """All parts at some indices."""
     return type(parts)(*(part[index] for part in parts))
 
 
@@ -178,14 +170,14 @@ def whole(air: AIR, view: View, most: int, given: Messenger) -> Explanation:
 
 
 def best_of(air: AIR, view: View, objects: Sequence[Tensor], used: Tensor, most: int) -> Explanation:
-    """Of several sets of objects that with the most evidence, see `search`.
+    """For each image that of several sets of objects which has the most evidence, see `search`.
 
     objects: the fields z_where to weight of k objects; used: which are in each set, bool `[n, sets, k]`.
     """
     each, painted = used.to(view.x), objects[2].flatten(2)
     x, painted_before = view.x.flatten(1)[:, None], view.canvas.flatten(1)[:, None]
     canvas = painted_before + each @ painted
-    # The square of a sum has the square of each in it, and twice the product of each two.
+    # The square of a sum, less the squares of its terms, is twice the product of each two.
     squares = painted_before.square().sum(-1) + torch.einsum("nsk, nkp -> ns", each, painted.square())
     overlap = (canvas.square().sum(-1) - squares) / 2
     log_likelihood = Normal(canvas, air.likelihood_sd).log_prob(x).sum(-1)
@@ -214,20 +206,15 @@ def take_off(
     nearest = torch.where(found.counts > 1, apart.argmin(1), one)
     jitter, turn = JITTER * window * noise[:2, :2], 2 * math.pi * uniform[1]
     aside = window * (SPLIT[0] + (SPLIT[1] - SPLIT[0]) * uniform[2]) * torch.stack([turn.cos(), turn.sin()])
-    peaks, others = [Look(None, jitter[0], within), Look(None, jitter[1], within)], used & (slots != one[:, None])
-    match move % 4:
-        case 0:
-            return used & (uniform[3:] > TAKEN_OFF), peaks
-        case 1:
-            return others & (slots != nearest[:, None]), peaks
-        case 2:
-            own = [Look(place, jitter[0]), Look(places[images, nearest], jitter[0])]
-            return others & (slots != nearest[:, None]), own
-        case 3:
-            at = pixel_centres(found.painted.shape[-1], place)
-            across, down = aside[0] * (at - place[:, :1]), aside[1] * (at - place[:, 1:])
-            side = across[:, None] + down[..., None] > 0
-            return others, [Look(place, aside, side=side), Look(place, -aside, side=~side)]
+    peaks, others = [Look(None, shift, within) for shift in jitter], used & (slots != one[:, None])
+    pair = others & (slots != nearest[:, None])
+    own = [Look(place, jitter[0]), Look(places[images, nearest], jitter[0])]
+    at = pixel_centres(found.painted.shape[-1], place)
+    across, down = aside[0] * (at - place[:, :1]), aside[1] * (at - place[:, 1:])
+    side = across[:, None] + down[..., None] > 0
+    sides = [Look(place, aside, side=side), Look(place, -aside, side=~side)]
+    kinds = (used & (uniform[3:] > TAKEN_OFF), peaks), (pair, peaks), (pair, own), (others, sides)
+    return kinds[move % 4]
 
 
 def propose_again(
@@ -291,47 +278,31 @@ def keep_better(before: Explanation, after: Explanation) -> Explanation:
 
 
 class Given(Messenger):
-    """Within it nothing depends on chance: each choice takes what the noise that is given makes of it.
+    """Inside, nothing is random: `z_pres` is 1 if its mean reaches a threshold; poses and codes are mean + sd * noise.
 
-    The noise is the same for all images. Without any for poses, each is its mean. Codes always have some: the decoder
-    has learned to paint from noisy codes, not from their means.
+    The noise is the same for all images. Codes always have some: the decoder has learned to paint from noisy codes.
     """
 
     def __init__(self, code_noise: Tensor, pose_noise: Tensor | float = 0.0, threshold: Tensor | float = 0.5):
         super().__init__()
-        self.code_noise, self.pose_noise, self.threshold = code_noise, pose_noise, threshold
+        self.given = {"z_pres": threshold, "z_where": pose_noise, "z_what": code_noise}
 
     def _pyro_sample(self, msg):
         kind, _, t = msg["name"].rpartition("_")
-        if msg["value"] is None and kind in ("z_pres", "z_where", "z_what"):
-            given = {"z_pres": self.threshold, "z_where": self.pose_noise, "z_what": self.code_noise}[kind]
+        if msg["value"] is None and kind in self.given:
+            given, fn = self.given[kind], msg["fn"]
             given = given[int(t)] if torch.is_tensor(given) and kind != "z_what" else given
-            fn = msg["fn"]
             msg["value"] = (fn.mean >= given).to(fn.mean) if kind == "z_pres" else fn.mean + fn.stddev * given
 
 
 @torch.no_grad()
 def traces(air: AIR, x: Tensor, max_objects: int | None = None) -> tuple[poutine.Trace, poutine.Trace]:
-    """A run of the guide, and the model replayed on it: their traces, with log-probabilities, as evaluated."""
-    with evaluating(air):
-        guide = poutine.trace(air.guide).get_trace(x, max_objects)
-        model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x, 1, max_objects)
+    """A run of the guide, and the model replayed on it: their traces, with log-probabilities."""
+    guide = poutine.trace(air.guide).get_trace(x, max_objects)
+    model = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(x, 1, max_objects)
     guide.compute_log_prob()
     model.compute_log_prob()
     return guide, model
-
-
-@contextmanager
-def evaluating(air: AIR) -> Iterator[None]:
-    """Within it the AIR is as in evaluation; it is told so once, which takes a while."""
-    training = air.training
-    if training:
-        air.eval()
-    try:
-        yield
-    finally:
-        if training:
-            air.train()
 
 
 def log_weight(guide: poutine.Trace, model: poutine.Trace) -> Tensor:

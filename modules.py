@@ -25,7 +25,9 @@ class Look(NamedTuple):
     place: Tensor | None = None  # [n, 2]; the peak of the residual, if not given
     shift: Tensor | float = 0.0  # [2]
     within: Tensor | None = None  # [n, 4]; the left, top, right and bottom edge of where a peak may be
-    side: Tensor | None = None  # bool [n, h, h], the pixels that are seen; others, if given, look as if explained
+    side: Tensor | None = (
+        None  # bool [n, h, h], the pixels it sees, if not all; elsewhere the image looks like the canvas
+    )
 
 
 class Step(NamedTuple):
@@ -201,8 +203,7 @@ class ResidualAttention(nn.Module):
     def __init__(self, image_size: int, window_size: int, hidden_size: int, prior: PosePrior):
         super().__init__()
         self.window_size = window_size
-        self.usual_window = 2 / prior[0][0]  # the side of an ordinary window, in canvas coordinates
-        window = image_size / prior[0][0]  # and in pixels
+        window = image_size / prior[0][0]  # the side of an ordinary window, in pixels
         self.reach = 2 * round(window / 2) + 1  # the side of the square that a peak is the highest in
         # Sums over squares are products with matrices of ones near the diagonal, from both sides.
         apart = (torch.arange(image_size)[:, None] - torch.arange(image_size)).abs()

@@ -20,14 +20,14 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from air import AIR
-from inference import MOVES, OVERLAP, PRICE, View, best_of, check_values, evaluating, search, some
+from inference import MOVES, OVERLAP, PRICE, View, best_of, check_values, search, some
 from modules import MIN_SCALE, pose_to_place
 
 SWEEPS = 2  # of the search
 MOST_OBJECTS = 8  # that are looked for in a cell, if not more in training
 ROOM = 1.0  # usual windows that a patch is larger than its cell, for the windows of objects at the cell's border
 CELL = 2.2  # usual windows that a cell may be long: few objects lie in it
-PATIENCE = 3  # See inference.py; for the images that have several cells.
+PATIENCE = 5  # See inference.py; for the images that have several cells.
 MOST_PATCHES = 1024  # at once, for the memory's sake
 
 
@@ -37,10 +37,6 @@ class Objects(NamedTuple):
     poses: Tensor  # [k, 3]: s, as in `z_where`, and the window's centre (x, y) in pixels
     z_what: Tensor  # [k, z_what_size], codes
     weight: Tensor  # [k], see `inference.Explanation`
-
-    def at(self, index: Tensor) -> "Objects":
-        """Some of them."""
-        return Objects(*(part[index] for part in self))
 
 
 class Found(NamedTuple):
@@ -130,14 +126,14 @@ def find(air: AIR, images: Sequence[np.ndarray | Tensor], moves: int = MOVES, se
     # Black on the right and below, if it is smaller than a canvas.
     xs = [pad(x, (0, max(0, side - x.shape[1]), 0, max(0, side - x.shape[0]))) for x in xs]
     searched = [Searched(x, Objects(x.new_zeros(0, 3), x.new_zeros(0, air.z_what_size), x.new_zeros(0))) for x in xs]
-    with evaluating(air), tqdm(unit="patch", leave=False, delay=3, disable=None) as bar:
+    with tqdm(unit="patch", leave=False, delay=3, disable=None) as bar:
         for sweep in range(1 + SWEEPS):
             # One search is enough for a single cell.
             todo = [image for image in searched if sweep < 2 or max(image.x.shape) > side]
             patches = [patch for image in todo for patch in lay_patches(air, image, sweep, most)]
             bar.total = bar.n + (SWEEPS + 1 - sweep) * len(patches)
             for turn in sorted({patch.turn for patch in patches}):
-                patience = PATIENCE if turn[0] else None
+                patience = PATIENCE if turn[0] else 0
                 look = partial(search, air, most=most, moves=moves if sweep else 0, seed=seed, patience=patience)
                 some_patches = [patch for patch in patches if patch.turn == turn]
                 for start in range(0, len(some_patches), MOST_PATCHES):
@@ -191,8 +187,8 @@ def search_patches(air: AIR, patches: list[Patch], look: Callable, most: int, af
         is_free = (place >= inside[:2]).all(1) & (place < inside[2:]).all(1)
         is_free &= is_free.cumsum(0) <= most
         is_near = (place.abs() < 1 + 2 * air.usual_window / side).all(1) & ~is_free
-        free.append(Objects(z_where, *objects[1:]).at(is_free))
-        fixed.append(Objects(z_where, *objects[1:]).at(is_near))
+        free.append(some(Objects(z_where, *objects[1:]), is_free))
+        fixed.append(some(Objects(z_where, *objects[1:]), is_near))
         stay[patch.image] &= ~is_free
 
     objects, there = stacked(fixed, max(len(part.poses) for part in fixed))
@@ -206,11 +202,9 @@ def search_patches(air: AIR, patches: list[Patch], look: Callable, most: int, af
     if len(todo):
         seen = look(some(view, todo), found=None if afresh else some(start, todo))
         for image, mask in stay.items():
-            image.objects = image.objects.at(mask)
+            image.objects = some(image.objects, mask)
         for row, (patch, corner) in enumerate((patches[k], corners[k]) for k in todo.tolist()):
-            z_where, z_what, weight = (
-                part[row, : seen.counts[row]] for part in (seen.z_where, seen.z_what, seen.weight)
-            )
+            z_where, z_what, _, weight = (part[row, : seen.counts[row]] for part in seen[1:5])
             places = (pose_to_place(z_where) + 1) * side / 2 + corner
             new = Objects(torch.cat([z_where[:, :1], places], 1), z_what, weight)
             patch.image.objects = Objects(*map(torch.cat, zip(patch.image.objects, new)))

@@ -36,8 +36,7 @@ def save_checkpoint(path: Path, air: AIR, **others) -> None:
 
 def load_air(path) -> AIR:
     """The AIR saved at `path`, a checkpoint or the folder of a run, on the CPU."""
-    checkpoint, path = read_checkpoint(path)
-    return build_air(checkpoint, path)
+    return build_air(*read_checkpoint(path))
 
 
 def read_checkpoint(path) -> tuple[dict, Path]:
