@@ -25,9 +25,7 @@ class Look(NamedTuple):
     place: Tensor | None = None  # [n, 2]; the peak of the residual, if not given
     shift: Tensor | float = 0.0  # [2]
     within: Tensor | None = None  # [n, 4]; the left, top, right and bottom edge of where a peak may be
-    side: Tensor | None = (
-        None  # bool [n, h, h], the pixels it sees, if not all; elsewhere the image looks like the canvas
-    )
+    side: Tensor | None = None  # bool [n, h, h]; the pixels it sees, if not all: elsewhere nothing is left
 
 
 class Step(NamedTuple):
