@@ -25,7 +25,7 @@ RARE = 0.003  # the share of ordinary scenes that each of two bounds leaves out
 # What is measured, see docs/dashboard.md.
 METRICS = """
     images elbo count_accuracy count_accuracy_mode count_accuracy_search count_error_search calibration_error
-    sure_but_wrong confusion last_step_rate baseline_r2
+    sure_but_wrong reliability confusion last_step_rate baseline_r2
 """.split()
 
 
@@ -97,7 +97,8 @@ def search_metrics(seen: list[Found], counts: np.ndarray, temperature: float | N
     """Accuracy and mean error of what the search finds, and, with a temperature, whether its probabilities can be
     believed.
 
-    calibration_error: the expected calibration error of the most probable count, in ten equal bins of its probability.
+    reliability: of the images whose most probable count has a probability in each tenth, if there are any: its mean,
+        the share that is right, and how many they are. calibration_error: the expected calibration error from it.
     sure_but_wrong: the share of all images whose count is wrong although its probability is above 0.99.
     """
     found = np.array([found.count for found in seen])
@@ -108,9 +109,11 @@ def search_metrics(seen: list[Found], counts: np.ndarray, temperature: float | N
     if temperature is not None:
         of_counts = [found.count_probs(temperature) for found in seen]
         probs, guess = (np.array([f(row) for row in of_counts]) for f in (np.max, np.argmax))
-        right, bins = guess == counts, np.minimum((probs * 10).astype(int), 9)
-        gaps = [abs((right[bins == i] - probs[bins == i]).sum()) for i in range(10)]
-        metrics["calibration_error"] = float(sum(gaps) / len(counts))
+        right, tenths = guess == counts, np.minimum((probs * 10).astype(int), 9)
+        parts = [tenths == i for i in np.unique(tenths)]
+        bins = [[float(probs[part].mean()), float(right[part].mean()), int(part.sum())] for part in parts]
+        metrics["reliability"] = bins
+        metrics["calibration_error"] = sum(n * abs(share - prob) for prob, share, n in bins) / len(counts)
         metrics["sure_but_wrong"] = float((~right & (probs > 0.99)).mean())
     return metrics
 

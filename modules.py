@@ -242,13 +242,8 @@ class ResidualAttention(nn.Module):
     def is_highest(self, score: Tensor) -> Tensor:
         """Where a score `[batch, h, h]` is the highest within half a usual window."""
         highest = pad(score, (self.reach // 2,) * 4, value=-torch.inf)
-        for dim in (1, 2):  # The highest of 2, 4, 8, .. neighbours: much faster here than max_pool2d.
-            width = 1
-            while width < self.reach:
-                step = min(width, self.reach - width)
-                left = highest.shape[dim] - step
-                highest = torch.maximum(highest.narrow(dim, 0, left), highest.narrow(dim, step, left))
-                width += step
+        for dim in (1, 2):  # faster here than max_pool2d
+            highest = highest.unfold(dim, self.reach, 1).amax(-1)
         return score >= highest
 
     def forward(self, step: Step) -> tuple[Tensor, Tensor, Tensor, tuple]:

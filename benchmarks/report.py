@@ -27,7 +27,7 @@ from air import AIR
 from evaluation import default_batch_size, evaluate, importance_bound, interval, search_metrics, seeded_rng
 from inference import Inference, infer
 from multi_mnist import Scenes, compose, load_digits, load_split
-from patches import Found, find
+from patches import find
 from training.checkpoint import build_air, read_checkpoint, read_reference, write_file
 from training.options import UsageError, one_line_errors
 
@@ -145,14 +145,6 @@ def probed(air: AIR, scenes: Scenes) -> tuple[dict, dict]:
     return {"sum": left + right, "ascending": left < right}, inputs
 
 
-def reliability(seen: list[Found], counts: np.ndarray, temperature: float) -> list[tuple[float, float, int]]:
-    """Of the images whose count has a probability in each tenth: its mean, the share that is right, and how many."""
-    of_counts = [found.count_probs(temperature) for found in seen]
-    probs, guess = (np.array([f(row) for row in of_counts]) for f in (np.max, np.argmax))
-    parts = [part for part in (np.minimum((probs * 10).astype(int), 9) == i for i in range(10)) if part.any()]
-    return [(float(probs[part].mean()), float((guess == counts)[part].mean()), int(part.sum())) for part in parts]
-
-
 def repairs(air: AIR, scenes: Scenes) -> np.ndarray:
     """Three scenes that the greedy guide counts wrong and the search right: the moves that helped."""
     steps = [find(air, scenes.x, moves) for moves in range(MOVES_SHOWN + 1)]
@@ -189,14 +181,15 @@ def main(argv: list[str] | None = None) -> None:
             "localisation": localisation(infer_all(air, scenes.x), scenes),
             "more_digits": more_digits(air, digits, temperature),
             "none_to_five_digits": search_metrics(seen, any_number.counts, temperature),
-            "reliability": reliability(seen, any_number.counts, temperature),
         }
         write_file(path.parent / "report.json", f"{json.dumps(measured, indent=1)}\n".encode())
         captions = [f"{true} → {found.count}" for true, found in zip(any_number.counts, seen)]
         boxes = [found.boxes.cpu() for found in seen[:20]]
         write_file(path.parent / "unseen.png", viz.png(viz.draw_scenes(any_number.x[:20], boxes, captions)))
-        reliable = viz.draw_reliability(*zip(*measured["reliability"]), "Scenes of 0 to 5 digits")
-        write_file(path.parent / "reliability.png", viz.png(reliable))
+        bins = zip(*measured["none_to_five_digits"]["reliability"])
+        write_file(
+            path.parent / "reliability.png", viz.png(viz.draw_reliability(*bins, "Scenes of none to five digits"))
+        )
         five = compose(*digits, 20, np.random.default_rng(5), air.image_size, 5, min_digits=5)
         write_file(path.parent / "search.png", viz.png(repairs(air, five)))
         print(f"report.json, unseen.png, search.png and reliability.png are in {path.parent}")
