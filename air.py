@@ -123,6 +123,7 @@ class AIR(nn.Module):
         self.encode = Encoder(2 if self.sees_residual else 1, window_size, hidden_size, z_what_size)
         # The baseline's: no part of either distribution, and with a learning rate of its own.
         self.baseline = Baseline(image_size, 3 + z_what_size, baseline_size) if baseline == "rnn" else None
+        self.familiarity = Familiarity(1 + z_what_size)  # has no part in training
 
     # -------------------------------------------------------------------------- generative model
 
@@ -144,6 +145,10 @@ class AIR(nn.Module):
                 z_what = pyro.sample(f"z_what_{t}", code.to_event(1))
             steps.append((z_pres, z_where, z_what))
         return steps
+
+    def features(self, z_where: Tensor, z_what: Tensor) -> Tensor:
+        """What `Familiarity` is told of objects, `[.., 1 + z_what_size]`: size and code, by the prior N(0, 1) each."""
+        return torch.cat([(z_where[..., :1] - self.z_where_loc[0]) / self.z_where_scale[0], z_what], -1)
 
     def paint(self, z_where: Tensor, z_what: Tensor) -> Tensor:
         """One object for each scene, decoded and placed on an empty canvas, `[n, h, h]`."""
@@ -271,3 +276,24 @@ class Baseline(nn.Module):
     def forward(self, projection: Tensor, inputs: Tensor, state: tuple) -> tuple[Tensor, tuple]:
         state = self.rnn(projection, inputs, state)
         return self.scale * self.linear(state[0])[:, 0], state
+
+
+class Familiarity(nn.Module):
+    """By how many nats an object is likelier, given what objects turned out to be, than it is by the prior.
+
+    A mixture of Gaussians over `AIR.features`. Training knows nothing of it; `evaluation.learn_objects` fits it at the
+    end of a run to what was found, and until then it is the prior. (A density that is fitted to the codes of a trained
+    autoencoder: ex-post density estimation, Ghosh et al., ICLR 2020, arXiv:1903.12436.)
+    """
+
+    def __init__(self, size: int, components: int = 30):
+        super().__init__()
+        self.register_buffer("logits", torch.zeros(components))
+        self.register_buffer("loc", torch.zeros(components, size))
+        self.register_buffer("scale_tril", torch.eye(size).repeat(components, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[.., size]` to `[..]`."""
+        gaussians = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
+        mixture = dist.MixtureSameFamily(dist.Categorical(logits=self.logits), gaussians)
+        return mixture.log_prob(features) - dist.Normal(0.0, 1.0).log_prob(features).sum(-1)

@@ -21,6 +21,8 @@ OBJECT, USUAL = 0.8, (0.75, 1.07)
 LARGER = 5  # An image is not made larger than by this.
 SHRINKS = 0.12  # how much less of its ink is explained if it is made smaller, but for its objects
 KEPT_WHOLE = 30  # images of which an evaluation keeps everything
+USED = 0.1  # the least variance of the means of a code's dimension that is used
+MEMBERS = 100  # objects for each Gaussian of the mixture that is fitted to them
 RARE = 0.003  # the share of ordinary scenes that each of two bounds leaves out
 # What is measured, see docs/dashboard.md.
 METRICS = """
@@ -190,6 +192,34 @@ def recombine(x: np.ndarray, counts: np.ndarray, n: int = 600, most: int = 5) ->
             raise ValueError(f"{count} objects do not fit on a canvas of {x.shape[1]} pixels without overlapping")
         scenes.append(scene.astype(np.uint8))
     return Scenes(np.stack(scenes), true)
+
+
+def learn_objects(air: AIR, x: np.ndarray) -> None:
+    """Fit `air.familiarity` to the objects that one sample of the guide finds on canvases `x`, uint8 `[n, h, h]`.
+
+    Dimensions of the code that the guide does not use, whose means hardly vary, keep the prior; so does everything
+    where hardly any objects are found.
+    """
+    from sklearn.mixture import GaussianMixture  # only here: it takes a second to import
+
+    batch_size, size, parts = default_batch_size(air, air.max_objects), 1 + air.z_what_size, []
+    with seeded_rng(air.z_where_loc.device):
+        for start in range(0, len(x), batch_size):
+            seen = infer(air, x[start : start + batch_size])
+            used = torch.arange(air.max_objects, device=seen.counts.device) < seen.counts[:, None]
+            parts.append([air.features(seen.z_where, seen.z_what)[used], seen.z_what_mean[used]])
+    features, means = (torch.cat(part).cpu().numpy() for part in zip(*parts))
+    components = min(len(air.familiarity.logits), len(features) // MEMBERS)
+    if components == 0:
+        return
+    used = np.flatnonzero(np.append(True, means.var(0) > USED))  # The size always is.
+    fitted = GaussianMixture(components, reg_covar=0.01, random_state=0).fit(features[:, used])
+    loc, covariance = np.zeros((components, size)), np.tile(np.eye(size), (components, 1, 1))
+    loc[:, used], covariance[:, used[:, None], used] = fitted.means_, fitted.covariances_
+    air.familiarity.logits.fill_(-torch.inf)
+    values = np.log(fitted.weights_), loc, np.linalg.cholesky(covariance)
+    for buffer, value in zip(air.familiarity.buffers(), values):
+        buffer[:components] = torch.from_numpy(value)
 
 
 def reference_stats(air: AIR, x: np.ndarray) -> ReferenceStats:

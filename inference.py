@@ -54,7 +54,7 @@ class Explanation(NamedTuple):
     z_where: Tensor  # [n, T, 3]
     z_what: Tensor  # [n, T, z_what_size]
     painted: Tensor  # [n, T, h, h]
-    weight: Tensor  # [n, T], log p(z_where_t, z_what_t) - log q(z_where_t, z_what_t), less PRICE
+    weight: Tensor  # [n, T], log p(z_where_t, z_what_t) - log q(z_where_t, z_what_t), plus familiarity, less PRICE
     evidence: Tensor  # [n], log p(x | z) and the sum of weights, less OVERLAP times the overlap
     count_evidence: Tensor  # [n, T + 1], the most evidence of all explanations with so many objects
     idle: Tensor  # int64 [n], moves since the evidence last grew by more than a nat
@@ -104,13 +104,15 @@ def search(
     """The best explanations of `view` with at most `most` objects that were found.
 
     An explanation is a set of objects z; its evidence is
-    `log p(x | z) + sum_t (log p(z_t) - log q(z_t) - PRICE) - OVERLAP * overlap`: an importance weight, which compares
-    explanations with different numbers of objects. Overlap is the product of what two objects paint on a pixel, summed
-    over pixels and pairs. Its price is a prior on the set: where one object is explained by two, its pieces overlap;
-    two objects overlap less, even where they are close. A search goes through explanations, from `found` on, or from
-    that of the greedy guide (`moves=0`). A move takes some objects off, lets the guide propose two for the canvas that
-    remains, then each of the two again, now that the other is known. Of what this gives, and what there was, it keeps
-    what has the most evidence.
+    `log p(x | z) + sum_t (log p(z_t) - log q(z_t) + f(z_t) - PRICE) - OVERLAP * overlap`: an importance weight, which
+    compares explanations with different numbers of objects. With f, `air.Familiarity`, the prior on an object is what
+    objects turned out to be: a piece of one is unlike them, and so are two painted as one. Overlap is the product of
+    what two objects paint on a pixel, summed over pixels and pairs: where one object is explained by two, its pieces
+    overlap; two objects overlap less, even where they are close. A search goes through explanations, from `found` on,
+    or from that of the greedy guide (`moves=0`). A move takes some objects off, lets the guide propose two for the
+    canvas that remains, then each of the two again, now that the other is known. Of what this gives, and what there
+    was, it keeps what has the most evidence.
+
     What is taken off, and where the guide then looks, is one of four, in turn:
 
     1. each object with a chance of TAKEN_OFF; at the peaks of the residual, with a small random shift, as in 2 and 3;
@@ -237,18 +239,19 @@ def propose_again(
 def propose(air: AIR, view: View, canvas: Tensor, looks: list[Look], given: Messenger) -> tuple[Tensor, ...]:
     """What the guide finds in a view at each look, when `canvas` is painted already: z_pres, and the fields of
     `Explanation` from z_where to weight."""
+
+    def log_prob(trace: poutine.Trace, name: str) -> Tensor:
+        return torch.stack([trace.nodes[f"{name}_{t}"]["log_prob"] for t in range(len(looks))], 1)
+
     with given, pyro.validation_enabled(False):
         guide = poutine.trace(air.guide).get_trace(view.x, len(looks), canvas, looks)
         prior = poutine.trace(poutine.replay(air.prior, trace=guide)).get_trace(len(view.x), len(looks))
         guide.compute_log_prob()
         prior.compute_log_prob()
-    _, z_pres, z_where, z_what, _, canvases = by_step(guide.nodes["_RETURN"]["value"])
+        _, z_pres, z_where, z_what, _, canvases = by_step(guide.nodes["_RETURN"]["value"])
+        weight = sum(log_prob(prior, name) - log_prob(guide, name) for name in ("z_where", "z_what")) - PRICE
+        weight = weight + air.familiarity(air.features(z_where, z_what))
     painted = canvases - torch.cat([canvas[:, None], canvases[:, :-1]], 1)
-
-    def log_prob(trace: poutine.Trace, name: str) -> Tensor:
-        return torch.stack([trace.nodes[f"{name}_{t}"]["log_prob"] for t in range(len(looks))], 1)
-
-    weight = sum(log_prob(prior, name) - log_prob(guide, name) for name in ("z_where", "z_what")) - PRICE
     # Wherever an object lies, it is as probable as in the middle.
     weight = weight + (z_where[..., 1:] / air.z_where_scale[1:]).square().sum(-1) / 2
     weight = weight - OUTSIDE * ~is_within(view, z_where)

@@ -1,6 +1,5 @@
 """How well does an AIR understand its scenes: writes report.json and some pictures into the folder of a run.
 
-    pip install scikit-learn                 # for the probes; nothing else needs it
     python benchmarks/report.py runs/NAME
 
 All of it is measured on multi-MNIST's test scenes, or on others made of the same test digits; an object's code is the

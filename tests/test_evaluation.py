@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 import evaluation
 from air import AIR
@@ -53,6 +54,34 @@ def test_few_ordinary_scenes_are_out_of_distribution():
             assert len(out_of_distribution(reference, *strange)) == 1
     assert not out_of_distribution(reference, 5, 700 - 5 * 50 - 40, 1.0)
     assert out_of_distribution(reference, 5, 700 - 5 * 50 - 80, 1.0)
+
+
+def test_what_objects_look_like_is_learned(air, monkeypatch):
+    """Of two kinds, told apart by one dimension of the code alone: nearly their true density; of few, the prior."""
+    rng, most, n = np.random.default_rng(0), air.max_objects, 4000
+    z_where, noise = rng.normal([3, 0, 0], [0.2, 1, 1], (n, most, 3)), rng.normal(size=(n, most, air.z_what_size))
+    mean = np.zeros_like(noise)
+    mean[..., 7] = rng.choice([-2, 2], (n, most)) + 0.2 * noise[..., 7]
+    mean[:, 1:] = 5  # of steps that were not used
+    code = np.where(np.arange(air.z_what_size) == 7, mean, mean + noise)
+
+    def infer(air, numbers):
+        parts = (torch.from_numpy(part[numbers]).float() for part in (z_where, code, mean))
+        return SimpleNamespace(
+            **dict(zip(("z_where", "z_what", "z_what_mean"), parts)), counts=torch.ones(len(numbers), dtype=int)
+        )
+
+    monkeypatch.setattr(evaluation, "infer", infer)
+    features = air.features(*(torch.from_numpy(part[:500, 0]).float() for part in (z_where, code)))
+    evaluation.learn_objects(air, np.arange(50))
+    assert air.familiarity(features).abs().max() < 1e-3
+    evaluation.learn_objects(air, np.arange(n))
+    x = code[:500, 0, 7]
+    expected = np.logaddexp(*(norm.logpdf(x, at, 0.2) for at in (-2, 2))) - np.log(2) - norm.logpdf(x)
+    assert np.abs(air.familiarity(features).numpy() - expected).mean() < 0.2
+    strange = features.clone()
+    strange[:, 1 + 7] = 0.0
+    assert air.familiarity(strange).max() < air.familiarity(features).min() - 10
 
 
 def believed(evidence) -> list[Found]:

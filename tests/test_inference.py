@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from pyro.infer import TraceGraph_ELBO
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal, norm
 from test_air import small_air
 from torch.distributions import Normal
 
@@ -51,6 +53,7 @@ def by_hand(air, x, canvas, most, moves):
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(air.z_what_size, generator=rng).double()
     prior = Normal(torch.tensor([3.0, 0, 0]).double(), torch.tensor([0.2, 1, 1]).double())
+    mixture = [buffer.numpy() for buffer in air.familiarity.buffers()]
 
     def propose(seen, place, shift, side=None):
         look = Look(None if place is None else place[None], shift)
@@ -61,7 +64,12 @@ def by_hand(air, x, canvas, most, moves):
         in_the_middle = torch.cat([loc[:, :1], torch.zeros_like(loc[:, 1:])], 1)  # as probable as any other place
         log_p = prior.log_prob(in_the_middle).sum() + Normal(0, 1).log_prob(code).sum()
         log_q = Normal(loc, scale).log_prob(loc).sum() + Normal(mean, sd).log_prob(code).sum()
-        return loc[0], object_to_image(loc, air.decode(code), size)[0], log_p - log_q - PRICE, logit.item()
+        features = np.append((loc[0, 0] - 3) / 0.2, code[0])
+        parts = [
+            weight + multivariate_normal(mean, root @ root.T).logpdf(features) for weight, mean, root in zip(*mixture)
+        ]
+        weight = log_p - log_q + logsumexp(parts) - logsumexp(mixture[0]) - norm.logpdf(features).sum() - PRICE
+        return loc[0], object_to_image(loc, air.decode(code), size)[0], weight, logit.item()
 
     def judge(objects):
         overlap = sum((a[1] * b[1]).sum() for a, b in itertools.combinations([(0, canvas), *objects], 2))
@@ -119,6 +127,8 @@ def test_the_search_is_what_its_docstring_says(x, most, monkeypatch):
     """For each image, against a slow one without Pyro: the objects, the evidence, and that of each other count."""
     monkeypatch.setattr(inference, "PATIENCE", 12)
     air, compared = small_air(0.0).eval(), 0
+    for buffer in air.familiarity.buffers():
+        buffer += 0.3 * torch.randn_like(buffer).tril() if buffer.dim() == 3 else torch.randn_like(buffer)
     everywhere = torch.tensor([-np.inf, -np.inf, np.inf, np.inf]).expand(len(x), 4)
     canvas = x.flip(0) / 4
     with torch.no_grad():
