@@ -216,14 +216,16 @@ def learn_objects(air: AIR, x: np.ndarray) -> None:
     fitted = GaussianMixture(components, reg_covar=0.01, random_state=0).fit(features[:, used])
     loc, covariance = np.zeros((components, size)), np.tile(np.eye(size), (components, 1, 1))
     loc[:, used], covariance[:, used[:, None], used] = fitted.means_, fitted.covariances_
-    air.familiarity.logits.fill_(-torch.inf)
+    air.familiarity.logits.fill_(-1e4)  # those that are left over
     values = np.log(fitted.weights_), loc, np.linalg.cholesky(covariance)
     for buffer, value in zip(air.familiarity.buffers(), values):
         buffer[:components] = torch.from_numpy(value)
 
 
-def reference_stats(air: AIR, x: np.ndarray) -> ReferenceStats:
-    """What is ordinary, measured on canvases `x` `[n, h, h]`, uint8, in the way in which predict.py looks at images."""
+def reference_stats(air: AIR, train_x: np.ndarray, x: np.ndarray) -> ReferenceStats:
+    """What is ordinary, measured on canvases `x` `[n, h, h]`, uint8, in the way in which predict.py looks at images,
+    once it is known from others, `train_x`, what objects look like."""
+    learn_objects(air, train_x)
     seen = find(air, x)
     counts, log_weight, explained = (
         np.array([getattr(found, name) for found in seen]) for name in ("count", "log_weight", "explained")

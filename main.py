@@ -19,7 +19,7 @@ import pyro
 import torch
 
 from air import AIR
-from evaluation import evaluate, evaluate_images, interval, learn_objects, reference_stats
+from evaluation import evaluate, evaluate_images, interval, reference_stats
 from training import run
 from training.checkpoint import build_air, read_checkpoint, read_reference
 from training.data import evaluation_scenes, load_scenes, own_images, pose_prior
@@ -95,8 +95,7 @@ def train(args, processes: Processes, resumes: bool) -> None:
                     run.record(args.out, "validation", state, metrics)
                     accuracy = "-" if metrics["count_accuracy"] is None else f"{metrics['count_accuracy']:.2%}"
                     if state.step == args.num_steps:
-                        learn_objects(air, train_scenes.x[:10_000])
-                        state.reference = reference_stats(air, validation_scenes.x[:1000])
+                        state.reference = reference_stats(air, train_scenes.x[:10_000], validation_scenes.x[:1000])
                 run.save(args.out, air, adam, state, processes, flags, sha256)
             if pictures and state.is_due(args.viz_every, args.num_steps):
                 pictures.show(air, "validation", validation_scenes)

@@ -57,6 +57,7 @@ CHANGES = {
     ("air", "max_objects"): (0, 2.5, 10**9, "x", [2]),
     ("air", "hidden_size"): (5, 10**18, "x"),
     ("parameters", "decode.mlp.0.weight"): (None, 5, nan, nan.expand(3, 2), torch.ones(2, 3)),
+    ("parameters", "familiarity.loc"): (None, nan.expand(30, 3)),
     ("optimizer", "state", 0): (5, *({name: nan} for name in ("step", "exp_avg", "exp_avg_sq"))),
     ("optimizer", "param_groups"): (5, [], [{}]),
     ("rng",): (5, torch.zeros(1, 3)),

@@ -46,7 +46,8 @@ for kind in ("rnn", "residual"):
     air = AIR(guide=kind, count_ratio=0.3, baseline="rnn" if kind == "rnn" else "none")
     ours, in_one_piece = Gains(ratio=0.3), InOnePiece(ratio=0.3)
     guide = RNNGuide(Baseline()) if kind == "rnn" else ResidualGuide(ours)
-    guide.load_state_dict({renamed(k): v for k, v in air.state_dict().items() if k.split(".")[0] not in ("decode", "familiarity")})
+    state = {renamed(k): v for k, v in air.state_dict().items()}
+    guide.load_state_dict({k: v for k, v in state.items() if not k.startswith(("decode.", "familiarity."))})
     [net.decode.load_state_dict(air.decode.state_dict()) for net in (ours, in_one_piece)]
     chosen, made = run(guide, x), run(ours, num_scenes=8)
     same(chosen, run(air.guide, x), **close)

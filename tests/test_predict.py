@@ -141,9 +141,12 @@ def test_a_count_in_doubt_is_reported(air, scenes, tmp_path):
 
 def test_the_reference_is_measured_in_the_same_way(run, run_main, data_file, no_pictures, monkeypatch, tmp_path):
     """By the same search; and a run that is not finished has none."""
-    folder, x = shutil.copytree(run[0], tmp_path / "run"), load_own_scenes(data_file, None, None, 3, None, None)[1].x
+    folder, (train, held_out, *_) = (
+        shutil.copytree(run[0], tmp_path / "run"),
+        load_own_scenes(data_file, None, None, 3, None, None),
+    )
     saved = ReferenceStats(**read_checkpoint(folder)[0]["reference"])
-    assert saved == reference_stats(load_air(folder), x)
+    assert saved == reference_stats(load_air(folder), train.x, held_out.x)
     np.savez(tmp_path / "held_out.npz", x=np.load(data_file)["x"][-16:])
     found = call(predict.main, folder, tmp_path / "held_out.npz", "--object-size", 13)
     seen = zip(*((each["count"], each["log_weight"], each["explained"]) for each in json.loads(found.stdout)))

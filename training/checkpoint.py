@@ -62,8 +62,8 @@ def build_air(checkpoint: dict, path="checkpoint") -> AIR:
     try:
         air = AIR(**checkpoint["air"])
         air.load_state_dict(checkpoint["parameters"])
-        for name, parameter in air.named_parameters():
-            if not parameter.isfinite().all():
+        for name, value in air.state_dict().items():
+            if not value.isfinite().all():
                 raise ValueError(f"{name} is not finite")
     except Exception as error:  # Whatever goes wrong, the file is at fault.
         raise DataError(f"{path} is not a checkpoint of this AIR: {one_line(error)}") from None
