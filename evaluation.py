@@ -213,7 +213,9 @@ def learn_objects(air: AIR, x: np.ndarray) -> None:
     if components == 0:
         return
     used = np.flatnonzero(np.append(True, means.var(0) > USED))  # The size always is.
-    fitted = GaussianMixture(components, reg_covar=0.01, random_state=0).fit(features[:, used])
+    # (By default it begins with k-means, whose sums depend on how threads run.)
+    fitted = GaussianMixture(components, reg_covar=0.01, random_state=0, init_params="k-means++")
+    fitted.fit(features[:, used].astype(float))
     loc, covariance = np.zeros((components, size)), np.tile(np.eye(size), (components, 1, 1))
     loc[:, used], covariance[:, used[:, None], used] = fitted.means_, fitted.covariances_
     air.familiarity.logits.fill_(-1e4)  # those that are left over
