@@ -1,16 +1,14 @@
 """How good is an AIR: the numbers that main.py and the benchmarks quote; and what is ordinary to it."""
 
-import math
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from air import AIR
 from images import Canvas, letterbox, piece_lengths, rescale
-from inference import Inference, check_canvases, infer, log_weight, traces
+from inference import Inference, check_canvases, infer, traces
 from multi_mnist import Scenes
 from patches import Found, find
 
@@ -50,11 +48,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    air: AIR,
-    scenes: Scenes,
-    max_objects: int | None = None,
-    measure_search: bool = False,
-    temperature: float | None = None,
+    air: AIR, scenes: Scenes, max_objects: int | None = None, measure_search=False, temperature: float | None = None
 ) -> Evaluation:
     """Count accuracy, ELBO and the like on `scenes`, one sample of the guide per image.
 
@@ -266,21 +260,6 @@ def out_of_distribution(reference: ReferenceStats, count: int, log_weight: float
 def default_batch_size(air: AIR, max_objects: int) -> int:
     """Images that are looked at together: fewer of large ones, so that memory does not grow with the canvas."""
     return max(1, BATCH_PIXELS // ((max_objects + 1) * air.image_size**2))
-
-
-def importance_bound(air: AIR, scenes: Scenes, samples: int = 100) -> np.ndarray:
-    """For each scene a lower bound on `log p(x)` in nats `[n]`: the log of the mean of `samples` importance weights.
-
-    The weights are `p(x, z) / q(z | x)` at samples of the guide; with one of them it is the ELBO (Burda et
-    al., ICLR 2016, arXiv:1509.00519).
-    """
-    batch_size, bounds = default_batch_size(air, air.max_objects), []
-    with seeded_rng(air.z_where_loc.device):
-        for start in tqdm(range(0, len(scenes.x), batch_size), "importance weights", leave=False):
-            x = check_canvases(air, scenes.x[start : start + batch_size])
-            log_weights = torch.stack([log_weight(*traces(air, x)) for _ in range(samples)])
-            bounds.append(log_weights.logsumexp(0).cpu() - math.log(samples))
-    return torch.cat(bounds).numpy()
 
 
 def interval(share: float, n: int) -> tuple[float, float]:

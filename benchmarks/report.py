@@ -11,11 +11,13 @@ reliability.png, how often counts of this or that probability are right.
 import argparse
 import itertools
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
@@ -23,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import viz
 from air import AIR
-from evaluation import default_batch_size, evaluate, importance_bound, interval, search_metrics, seeded_rng
-from inference import Inference, infer
+from evaluation import default_batch_size, evaluate, interval, search_metrics, seeded_rng
+from inference import Inference, check_canvases, infer, log_weight, traces
 from multi_mnist import Scenes, compose, load_digits, load_split
 from patches import find
 from training.checkpoint import build_air, read_checkpoint, read_reference, write_file
@@ -61,6 +63,21 @@ def infer_all(air: AIR, x: np.ndarray) -> Inference:
             seen = seen._replace(canvases=seen.counts, reconstruction=seen.counts)  # not looked at, and large
             batches.append([part.cpu().numpy() for part in seen])
     return Inference(*map(np.concatenate, zip(*batches)))
+
+
+def importance_bound(air: AIR, scenes: Scenes, samples: int = 100) -> np.ndarray:
+    """For each scene a lower bound on `log p(x)` in nats `[n]`: the log of the mean of `samples` importance weights.
+
+    The weights are `p(x, z) / q(z | x)` at samples of the guide; with one of them it is the ELBO (Burda et
+    al., ICLR 2016, arXiv:1509.00519).
+    """
+    batch_size, bounds = default_batch_size(air, air.max_objects), []
+    with seeded_rng(air.z_where_loc.device):
+        for start in range(0, len(scenes.x), batch_size):
+            x = check_canvases(air, scenes.x[start : start + batch_size])
+            log_weights = torch.stack([log_weight(*traces(air, x)) for _ in range(samples)])
+            bounds.append(log_weights.logsumexp(0).cpu() - math.log(samples))
+    return torch.cat(bounds).numpy()
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -3,11 +3,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from report import importance_bound
 from scipy.stats import norm
 
 import evaluation
 from air import AIR
-from evaluation import ReferenceStats, bounds, evaluate, find_at_scale, importance_bound, out_of_distribution, recombine
+from evaluation import ReferenceStats, bounds, evaluate, find_at_scale, out_of_distribution, recombine
 from images import to_canvas
 from inference import Inference, infer, traces
 from multi_mnist import Scenes
