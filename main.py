@@ -5,7 +5,7 @@ python main.py --cuda -b 1024 -n 1500                 # on a GPU, where larger m
 python main.py --data my-images/                       # with images of your own
 python main.py --load runs/NAME                       # resume a run that was interrupted
 python main.py --load runs/NAME --eval-only           # evaluate it on the test scenes
-python predict.py runs/NAME IMAGES                    # then: count what is in images of your own
+python predict.py runs/NAME IMAGES                    # count what is in images of your own
 """
 
 import json
@@ -30,7 +30,7 @@ from training.svi import check_finite, make_svi, schedule, skip_step
 
 
 def main(argv: list[str] | None = None) -> None:
-    warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro's; `skip_step` reports it
+    warnings.filterwarnings("ignore", "Encountered NaN|.*not light on black")  # `skip_step` and images.py deal with it
     with one_line_errors("main.py"):
         args = parse(argv)
         if args.eval_only:
