@@ -24,7 +24,7 @@ from modules import Look, image_to_object, pixel_centres, pose_to_box, pose_to_p
 
 MOVES = 100  # at most, for an image
 PATIENCE = 8  # An image is done after this many moves without gain, for each of its objects.
-PRICE, OVERLAP = 4.0, 14.0  # in nats: what an object costs, and what overlapping costs; see `search`
+PRICE, OVERLAP = 6.0, 8.0  # in nats: what an object costs, and what overlapping costs; see `search`
 TAKEN_OFF = 0.4  # the chance that an object is taken off, in moves of the first kind
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
 OUTSIDE = 1e6  # nats that an object costs outside `View.within`
