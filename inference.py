@@ -24,7 +24,8 @@ from modules import Look, image_to_object, pixel_centres, pose_to_box, pose_to_p
 
 MOVES = 100  # at most, for an image
 PATIENCE = 8  # An image is done after this many moves without gain, for each of its objects.
-PRICE, OVERLAP = 6.0, 8.0  # in nats: what an object costs, and what overlapping costs; see `search`
+PRICE, OVERLAP = 6.0, 600.0  # in nats: what an object costs, and what overlapping costs; see `search`
+CORRECTIONS = 5  # of a window that is proposed; one in training
 TAKEN_OFF = 0.4  # the chance that an object is taken off, in moves of the first kind
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
 OUTSIDE = 1e6  # nats that an object costs outside `View.within`
@@ -106,12 +107,12 @@ def search(
     An explanation is a set of objects z; its evidence is
     `log p(x | z) + sum_t (log p(z_t) - log q(z_t) + f(z_t) - PRICE) - OVERLAP * overlap`: an importance weight, which
     compares explanations with different numbers of objects. With f, `air.Familiarity`, the prior on an object is what
-    objects turned out to be: a piece of one is unlike them, and so are two painted as one. Overlap is the product of
-    what two objects paint on a pixel, summed over pixels and pairs: where one object is explained by two, its pieces
-    overlap; two objects overlap less, even where they are close. A search goes through explanations, from `found` on,
-    or from that of the greedy guide (`moves=0`). A move takes some objects off, lets the guide propose two for the
-    canvas that remains, then each of the two again, now that the other is known. Of what this gives, and what there
-    was, it keeps what has the most evidence.
+    objects turned out to be: a piece of one is unlike them, and so are two painted as one. An object's overlap is what
+    others paint where it does, averaged over its ink: where one object is explained by two, its pieces overlap; two
+    objects overlap less, even where they are close. A search goes through explanations, from `found` on, or from that
+    of the greedy guide (`moves=0`). A move takes some objects off, lets the guide propose two for the canvas that
+    remains, then each of the two again, now that the other is known. The guide corrects each window CORRECTIONS times.
+    Of what this gives, and what there was, it keeps what has the most evidence.
 
     What is taken off, and where the guide then looks, is one of four, in turn:
 
@@ -167,7 +168,7 @@ def padded(index: Tensor) -> list[Tensor]:
 def whole(air: AIR, view: View, most: int, given: Messenger) -> Explanation:
     """One run of the guide."""
     looks = [Look(within=view.within)] * most
-    z_pres, *objects = propose(air, view, view.canvas, looks, given)
+    z_pres, *objects = propose(air, view, view.canvas, looks, given, corrections=1)
     return best_of(air, view, objects, (z_pres.bool() & is_within(view, objects[0]))[:, None], most)
 
 
@@ -178,10 +179,9 @@ def best_of(air: AIR, view: View, objects: Sequence[Tensor], used: Tensor, most:
     """
     each, painted = used.to(view.x), objects[2].flatten(2)
     x, painted_before = view.x.flatten(1)[:, None], view.canvas.flatten(1)[:, None]
-    canvas = painted_before + each @ painted
-    # The square of a sum, less the squares of its terms, is twice the product of each two.
-    squares = painted_before.square().sum(-1) + torch.einsum("nsk, nkp -> ns", each, painted.square())
-    overlap = (canvas.square().sum(-1) - squares) / 2
+    canvas, share = painted_before + each @ painted, painted / painted.sum(-1, keepdim=True).clamp(min=1)
+    # All that is painted where an object is, less what it paints there itself.
+    overlap = (canvas * (each @ share)).sum(-1) - torch.einsum("nsk, nk -> ns", each, (painted * share).sum(-1))
     log_likelihood = Normal(canvas, air.likelihood_sd).log_prob(x).sum(-1)
     evidence = log_likelihood + torch.einsum("nsk, nk -> ns", each, objects[-1]) - OVERLAP * overlap
     counts = used.sum(-1)
@@ -236,9 +236,12 @@ def propose_again(
     return best_of(air, view, objects, used, kept.shape[1])
 
 
-def propose(air: AIR, view: View, canvas: Tensor, looks: list[Look], given: Messenger) -> tuple[Tensor, ...]:
+def propose(
+    air: AIR, view: View, canvas: Tensor, looks: list[Look], given: Messenger, corrections: int = CORRECTIONS
+) -> tuple[Tensor, ...]:
     """What the guide finds in a view at each look, when `canvas` is painted already: z_pres, and the fields of
     `Explanation` from z_where to weight."""
+    looks = [look._replace(corrections=corrections) for look in looks]
 
     def log_prob(trace: poutine.Trace, name: str) -> Tensor:
         return torch.stack([trace.nodes[f"{name}_{t}"]["log_prob"] for t in range(len(looks))], 1)

@@ -245,18 +245,25 @@ def assemble(air: AIR, searched: Searched, image: np.ndarray | Tensor) -> Found:
     corners = (places - side / 2).round()
     painted = air.paint(to_canvas(objects.poses, corners, side), objects.z_what)
     # With room for what reaches beyond the image, which is left out.
-    canvas, inside = pad(torch.zeros_like(x), (side,) * 4), pad(torch.ones_like(x), (side,) * 4)
+    canvas, shares, inside = (pad(part, (side,) * 4) for part in (0 * x, 0 * x, torch.ones_like(x)))
     frames = [tuple(slice(at + side, at + 2 * side) for at in corner) for corner in corners.flip(1).int().tolist()]
     painted = [part * inside[frame] for part, frame in zip(painted, frames)]
-    for frame, part in zip(frames, painted):
+    of_ink = [part / part.sum().clamp(min=1) for part in painted]
+    for frame, part, share in zip(frames, painted, of_ink):
         canvas[frame] += part
-    error = pad(x, (side,) * 4) - canvas
-    scale = 2 * air.likelihood_sd**2
-    overlaps = [(part * (canvas[frame] - part)).sum() for frame, part in zip(frames, painted)]
-    without = [((error[frame] + part).square() - error[frame].square()).sum() for frame, part in zip(frames, painted)]
-    overlaps, without = (torch.stack(part) if part else x.new_zeros(0) for part in (overlaps, without))
-    log_weight = objects.weight.sum() - error.square().sum() / scale - OVERLAP * overlaps.sum() / 2
-    losses = without / scale + objects.weight - OVERLAP * overlaps
+        shares[frame] += share
+    error, scale = pad(x, (side,) * 4) - canvas, 2 * air.likelihood_sd**2
+    lost = [
+        (
+            ((error[frame] + part).square() - error[frame].square()).sum() / scale,  # what it explains,
+            (share * (canvas[frame] - part)).sum(),  # its overlap, and what it adds to that of others
+            (part * (shares[frame] - share)).sum(),
+        )
+        for frame, part, share in zip(frames, painted, of_ink)
+    ]
+    explained, overlap, of_others = x.new_tensor(lost).view(-1, 3).unbind(1)
+    log_weight = objects.weight.sum() - error.square().sum() / scale - OVERLAP * overlap.sum()
+    losses = explained + objects.weight - OVERLAP * (overlap + of_others)
     h, w = image.shape
     width = air.image_size / s.clamp(min=MIN_SCALE)
     row, column = (
