@@ -23,7 +23,7 @@ from air import AIR, Slot
 from modules import Look, image_to_object, pixel_centres, pose_to_box, pose_to_place
 
 MOVES = 100  # at most, for an image
-PATIENCE = 8  # An image is done after this many moves without gain, for each of its objects.
+PATIENCE = 6  # An image is done after this many moves without gain, for each of its objects.
 PRICE, OVERLAP = 6.0, 600.0  # in nats: what an object costs, and what overlapping costs; see `search`
 CORRECTIONS = 5  # of a window that is proposed; one in training
 TAKEN_OFF = 0.4  # the chance that an object is taken off, in moves of the first kind
@@ -99,9 +99,7 @@ def infer(air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None) -> I
 
 
 @torch.no_grad()
-def search(
-    air: AIR, view: View, most: int, moves: int, seed: int, found: Explanation | None = None, patience: int = 0
-) -> Explanation:
+def search(air: AIR, view: View, most: int, moves: int, seed: int, found: Explanation | None = None) -> Explanation:
     """The best explanations of `view` with at most `most` objects that were found.
 
     An explanation is a set of objects z; its evidence is
@@ -122,8 +120,8 @@ def search(
     4. one object; at one side of a random line through its place, then at the other, and each time the guide sees that
        side alone. This finds two objects that lie under one window.
 
-    moves: how many at most; an image is done earlier, once `patience` (0: PATIENCE) moves for each of its objects have
-        gained less than a nat.
+    moves: how many at most; an image is done earlier, once PATIENCE moves for each of its objects have gained less than
+        a nat.
     seed: of the chances above, which are the same for all images: what is found in one does not depend on others.
 
     It is a search, not a sampler: `q(z_t)` is the density with which an object was proposed, on the canvas of that
@@ -137,7 +135,7 @@ def search(
         parts = [whole(air, some(view, group), most, Given(code_noise)) for group in padded(torch.arange(n))]
         found = Explanation(*(torch.cat(part)[:n] for part in zip(*parts)))
     for move in range(moves):
-        todo = (found.idle < (patience or PATIENCE) * found.counts.clamp(min=1)).nonzero()[:, 0]
+        todo = (found.idle < PATIENCE * found.counts.clamp(min=1)).nonzero()[:, 0]
         if not len(todo):
             break
         # Drawn for all images, whatever becomes of each.

@@ -27,7 +27,6 @@ SWEEPS = 2  # of the search
 MOST_OBJECTS = 8  # that are looked for in a cell, if not more in training
 ROOM = 1.0  # usual windows that a patch is larger than its cell, for the windows of objects at the cell's border
 CELL = 2.2  # usual windows that a cell may be long: few objects lie in it
-PATIENCE = 5  # See inference.py; for the images that have several cells.
 MOST_PATCHES = 1024  # at once, for the memory's sake
 
 
@@ -104,7 +103,7 @@ class Patch(NamedTuple):
     cell: tuple[int, int]  # row and column
     edges: list[Tensor]  # of the cell: left, top, right and bottom, in pixels
     corner: list[int]  # (x, y), the left upper one, in pixels
-    turn: tuple  # whether there are several cells; those with the same turn are searched together
+    turn: tuple[int, int]  # patches with the same turn are searched together
 
 
 @torch.no_grad()
@@ -132,9 +131,8 @@ def find(air: AIR, images: Sequence[np.ndarray | Tensor], moves: int = MOVES, se
             todo = [image for image in searched if sweep < 2 or max(image.x.shape) > side]
             patches = [patch for image in todo for patch in lay_patches(air, image, sweep, most)]
             bar.total = bar.n + (SWEEPS + 1 - sweep) * len(patches)
+            look = partial(search, air, most=most, moves=moves if sweep else 0, seed=seed)
             for turn in sorted({patch.turn for patch in patches}):
-                patience = PATIENCE if turn[0] else 0
-                look = partial(search, air, most=most, moves=moves if sweep else 0, seed=seed, patience=patience)
                 some_patches = [patch for patch in patches if patch.turn == turn]
                 for start in range(0, len(some_patches), MOST_PATCHES):
                     chunk = some_patches[start : start + MOST_PATCHES]
@@ -151,7 +149,7 @@ def lay_patches(air: AIR, image: Searched, sweep: int, most: int) -> list[Patch]
     image.evidence[..., 0], patches = 0, []
     for i, j in np.ndindex(image.evidence.shape[:2]):
         edges = [columns.edges[j], rows.edges[i], columns.edges[j + 1], rows.edges[i + 1]]
-        turn = image.evidence[..., 0].numel() > 1, rows.turns[i], columns.turns[j]
+        turn = rows.turns[i], columns.turns[j]
         patches.append(Patch(image, (i, j), edges, [columns.corners[j], rows.corners[i]], turn))
     return patches
 
