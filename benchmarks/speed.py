@@ -1,8 +1,7 @@
 """How fast AIR trains and infers, with either guide, against what the machine can do.
 
-    python benchmarks/speed.py            # steps per second of both guides, beside the floor
+    python benchmarks/speed.py            # steps per second of both guides, beside the floor; images per second
     python benchmarks/speed.py --cuda     # the same on a GPU
-    python benchmarks/speed.py --all      # also inference, memory, and how the time of a step grows
 
 The floor is what a step cannot do without: its matrix products, forward and backward, recorded as they happen and timed
 by themselves; and the bytes that Adam has to move (each parameter, its gradient and its two moments are read, all but
@@ -11,10 +10,7 @@ machine in the same state.
 """
 
 import argparse
-import resource
-import subprocess
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,7 +27,6 @@ from air import AIR
 from inference import infer
 from training.svi import make_svi
 
-ROOT = Path(__file__).parent.parent
 VERSIONS = [(guide, estimator) for guide in ("residual", "rnn") for estimator in ("tracegraph", "traceenum")]
 
 
@@ -110,58 +105,27 @@ def training(x_all, rounds, repeats):
 
 
 def inference(x_all, rounds, repeats):
-    """Images per second: counting is a run of the guide, "infer" all of `infer`."""
+    """Images per second by one sample of the guide."""
     air = AIR().to(x_all.device).eval()
-    functions, guide = {}, torch.no_grad()(air.guide)
-    for n in (1, 256):
-        x = x_all[:n].float() / 255
-        functions |= {("counting", n): partial(guide, x), ("infer", n): partial(infer, air, x)}
-    print(f"{'inference':>12} {'batch':>9} {'images/s':>9}")
-    for (name, n), times in interleaved(functions, rounds, repeats).items():
-        print(f"{name:>12} {n:>9} {n / median(times):>9,.0f}")
-
-
-def growth(device):
-    """Milliseconds per step against batch size, canvas and T."""
-    settings = [("batch_size", (32, 64, 128, 256, 512, 1024)), ("image_size", (50, 75, 100, 150, 200))]
-    for name, values in [*settings, ("max_objects", (1, 2, 3, 4, 6, 8))]:
-        sizes = values if name == "image_size" else [50] * len(values)
-        steps = {v: training_step(images(2048, size, device), **{name: v}) for v, size in zip(values, sizes)}
-        times = {value: 1000 * median(s) for value, s in interleaved(steps, 3, 3).items()}
-        print(f"ms per step by {name}:", *(f"  {value}: {time:.0f}" for value, time in times.items()))
-
-
-def memory():
-    """Peak memory of a run of main.py: 20 steps and an evaluation, in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "main.py", "-n", "20", "--data-dir", ROOT / "data", "--out", f"{folder}/run"]
-        subprocess.run(command, check=True, capture_output=True)
-    print(f"peak memory of a run: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GiB")
-
-
-def images(n, size, device):
-    """Images with ink on a tenth of the pixels, as in multi-MNIST; their content makes no difference to the time."""
-    return (torch.rand(n, size, size, device=device) * 2550 - 2295).clamp(min=0).byte()
+    functions = {n: partial(infer, air, x_all[:n].float() / 255) for n in (1, 256)}
+    for n, times in interleaved(functions, rounds, repeats).items():
+        print(f"one sample, {n} together: {n / median(times):,.0f} images/s")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="How fast AIR trains and infers.", allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=10, help="times the versions take turns (default: %(default)s)")
     parser.add_argument("--cuda", action="store_true", help="on the GPU")
-    parser.add_argument("--all", action="store_true", help="also inference, memory and growth; takes some minutes")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if args.cuda else "cpu")
-    if args.all:
-        memory()  # First, while this process is small: a child counts from its parent's size.
     pyro.set_rng_seed(0)
     pyro.enable_validation(False)
-    x_all = images(60_000, 50, device)
+    # A tenth of the pixels is ink; what they show makes no difference to the time.
+    x_all = (torch.rand(60_000, 50, 50, device=device) * 2550 - 2295).clamp(min=0).byte()
     where = torch.cuda.get_device_name() if args.cuda else f"{torch.get_num_threads()} threads"
     print(f"batch 128, {where}, medians over {args.rounds} rounds of 10 steps in turn")
     training(x_all, args.rounds, 10)
-    if args.all:
-        inference(x_all, args.rounds, 10)
-        growth(device)
+    inference(x_all, args.rounds, 10)
 
 
 if __name__ == "__main__":
