@@ -24,8 +24,9 @@ from modules import Look, image_to_object, pixel_centres, pose_to_box, pose_to_p
 
 MOVES = 100  # at most, for an image
 PATIENCE = 6  # An image is done after this many moves without gain, for each of its objects.
-PRICE, OVERLAP = 6.0, 600.0  # in nats: what an object costs, and what overlapping costs; see `search`
+PRICE, OVERLAP = 6.0, 400.0  # in nats: what an object costs, and what overlapping costs; see `search`
 CORRECTIONS = 5  # of a window that is proposed; one in training
+CODE_NOISE = 0.4  # standard deviations of the guide; 1 in training
 TAKEN_OFF = 0.4  # the chance that an object is taken off, in moves of the first kind
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
 OUTSIDE = 1e6  # nats that an object costs outside `View.within`
@@ -130,7 +131,7 @@ def search(air: AIR, view: View, most: int, moves: int, seed: int, found: Explan
     The RNN guide has a memory, and cannot begin from any canvas: a move is one more sample of all objects.
     """
     n, rng = len(view.x), torch.Generator().manual_seed(seed)
-    code_noise = torch.randn(air.z_what_size, generator=rng).to(view.x)
+    code_noise = CODE_NOISE * torch.randn(air.z_what_size, generator=rng).to(view.x)
     if found is None:
         parts = [whole(air, some(view, group), most, Given(code_noise)) for group in padded(torch.arange(n))]
         found = Explanation(*(torch.cat(part)[:n] for part in zip(*parts)))
@@ -284,7 +285,7 @@ def keep_better(before: Explanation, after: Explanation) -> Explanation:
 class Given(Messenger):
     """Inside, nothing is random: `z_pres` is 1 if its mean reaches a threshold; poses and codes are mean + sd * noise.
 
-    The noise is the same for all images. Codes always have some: the decoder has learned to paint from noisy codes.
+    The noise is the same for all images. Codes always have a little: from noisy ones the decoder has learned to paint.
     """
 
     def __init__(self, code_noise: Tensor, pose_noise: Tensor | float = 0.0, threshold: Tensor | float = 0.5):

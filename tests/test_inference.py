@@ -49,7 +49,7 @@ def by_hand(air, x, canvas, most, moves):
     count, and the objects taken off by each move. canvas: what is painted already."""
     size, window = x.shape[-1], 2 / 3
     rng = torch.Generator().manual_seed(0)
-    noise = torch.randn(air.z_what_size, generator=rng).double()
+    noise = 0.4 * torch.randn(air.z_what_size, generator=rng).double()
     prior = Normal(torch.tensor([3.0, 0, 0]).double(), torch.tensor([0.2, 1, 1]).double())
     mixture = [buffer.numpy() for buffer in air.familiarity.buffers()]
 
