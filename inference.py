@@ -23,10 +23,8 @@ from air import AIR, Slot
 from modules import Look, image_to_object, pixel_centres, pose_to_box, pose_to_place
 
 MOVES = 100  # at most, for an image
-PATIENCE = 6  # An image is done after this many moves without gain, for each of its objects.
-PRICE, OVERLAP = 6.0, 400.0  # in nats: what an object costs, and what overlapping costs; see `search`
-CORRECTIONS = 5  # of a window that is proposed; one in training
-CODE_NOISE = 0.4  # standard deviations of the guide; 1 in training
+PATIENCE = 8  # An image is done after this many moves without gain, for each of its objects.
+PRICE, OVERLAP = 6.0, 8.0  # in nats: what an object costs, and what overlapping costs; see `search`
 TAKEN_OFF = 0.4  # the chance that an object is taken off, in moves of the first kind
 JITTER, SPLIT = 0.15, (0.3, 0.5)  # how far to look from a peak, and from the middle of a pair; in usual windows
 OUTSIDE = 1e6  # nats that an object costs outside `View.within`
@@ -100,18 +98,20 @@ def infer(air: AIR, x: Tensor | np.ndarray, max_objects: int | None = None) -> I
 
 
 @torch.no_grad()
-def search(air: AIR, view: View, most: int, moves: int, seed: int, found: Explanation | None = None) -> Explanation:
+def search(
+    air: AIR, view: View, most: int, moves: int, seed: int, found: Explanation | None = None, patience: int = 0
+) -> Explanation:
     """The best explanations of `view` with at most `most` objects that were found.
 
     An explanation is a set of objects z; its evidence is
     `log p(x | z) + sum_t (log p(z_t) - log q(z_t) + f(z_t) - PRICE) - OVERLAP * overlap`: an importance weight, which
     compares explanations with different numbers of objects. With f, `air.Familiarity`, the prior on an object is what
-    objects turned out to be: a piece of one is unlike them, and so are two painted as one. An object's overlap is what
-    others paint where it does, averaged over its ink: where one object is explained by two, its pieces overlap; two
-    objects overlap less, even where they are close. A search goes through explanations, from `found` on, or from that
-    of the greedy guide (`moves=0`). A move takes some objects off, lets the guide propose two for the canvas that
-    remains, then each of the two again, now that the other is known. The guide corrects each window CORRECTIONS times.
-    Of what this gives, and what there was, it keeps what has the most evidence.
+    objects turned out to be: a piece of one is unlike them, and so are two painted as one. Overlap is the product of
+    what two objects paint on a pixel, summed over pixels and pairs: where one object is explained by two, its pieces
+    overlap; two objects overlap less, even where they are close. A search goes through explanations, from `found` on,
+    or from that of the greedy guide (`moves=0`). A move takes some objects off, lets the guide propose two for the
+    canvas that remains, then each of the two again, now that the other is known. Of what this gives, and what there
+    was, it keeps what has the most evidence.
 
     What is taken off, and where the guide then looks, is one of four, in turn:
 
@@ -121,8 +121,8 @@ def search(air: AIR, view: View, most: int, moves: int, seed: int, found: Explan
     4. one object; at one side of a random line through its place, then at the other, and each time the guide sees that
        side alone. This finds two objects that lie under one window.
 
-    moves: how many at most; an image is done earlier, once PATIENCE moves for each of its objects have gained less than
-        a nat.
+    moves: how many at most; an image is done earlier, once `patience` (0: PATIENCE) moves for each of its objects have
+        gained less than a nat.
     seed: of the chances above, which are the same for all images: what is found in one does not depend on others.
 
     It is a search, not a sampler: `q(z_t)` is the density with which an object was proposed, on the canvas of that
@@ -131,12 +131,12 @@ def search(air: AIR, view: View, most: int, moves: int, seed: int, found: Explan
     The RNN guide has a memory, and cannot begin from any canvas: a move is one more sample of all objects.
     """
     n, rng = len(view.x), torch.Generator().manual_seed(seed)
-    code_noise = CODE_NOISE * torch.randn(air.z_what_size, generator=rng).to(view.x)
+    code_noise = torch.randn(air.z_what_size, generator=rng).to(view.x)
     if found is None:
         parts = [whole(air, some(view, group), most, Given(code_noise)) for group in padded(torch.arange(n))]
         found = Explanation(*(torch.cat(part)[:n] for part in zip(*parts)))
     for move in range(moves):
-        todo = (found.idle < PATIENCE * found.counts.clamp(min=1)).nonzero()[:, 0]
+        todo = (found.idle < (patience or PATIENCE) * found.counts.clamp(min=1)).nonzero()[:, 0]
         if not len(todo):
             break
         # Drawn for all images, whatever becomes of each.
@@ -167,7 +167,7 @@ def padded(index: Tensor) -> list[Tensor]:
 def whole(air: AIR, view: View, most: int, given: Messenger) -> Explanation:
     """One run of the guide."""
     looks = [Look(within=view.within)] * most
-    z_pres, *objects = propose(air, view, view.canvas, looks, given, corrections=1)
+    z_pres, *objects = propose(air, view, view.canvas, looks, given)
     return best_of(air, view, objects, (z_pres.bool() & is_within(view, objects[0]))[:, None], most)
 
 
@@ -178,9 +178,10 @@ def best_of(air: AIR, view: View, objects: Sequence[Tensor], used: Tensor, most:
     """
     each, painted = used.to(view.x), objects[2].flatten(2)
     x, painted_before = view.x.flatten(1)[:, None], view.canvas.flatten(1)[:, None]
-    canvas, share = painted_before + each @ painted, painted / painted.sum(-1, keepdim=True).clamp(min=1)
-    # All that is painted where an object is, less what it paints there itself.
-    overlap = (canvas * (each @ share)).sum(-1) - torch.einsum("nsk, nk -> ns", each, (painted * share).sum(-1))
+    canvas = painted_before + each @ painted
+    # The square of a sum, less the squares of its terms, is twice the product of each two.
+    squares = painted_before.square().sum(-1) + torch.einsum("nsk, nkp -> ns", each, painted.square())
+    overlap = (canvas.square().sum(-1) - squares) / 2
     log_likelihood = Normal(canvas, air.likelihood_sd).log_prob(x).sum(-1)
     evidence = log_likelihood + torch.einsum("nsk, nk -> ns", each, objects[-1]) - OVERLAP * overlap
     counts = used.sum(-1)
@@ -235,12 +236,9 @@ def propose_again(
     return best_of(air, view, objects, used, kept.shape[1])
 
 
-def propose(
-    air: AIR, view: View, canvas: Tensor, looks: list[Look], given: Messenger, corrections: int = CORRECTIONS
-) -> tuple[Tensor, ...]:
+def propose(air: AIR, view: View, canvas: Tensor, looks: list[Look], given: Messenger) -> tuple[Tensor, ...]:
     """What the guide finds in a view at each look, when `canvas` is painted already: z_pres, and the fields of
     `Explanation` from z_where to weight."""
-    looks = [look._replace(corrections=corrections) for look in looks]
 
     def log_prob(trace: poutine.Trace, name: str) -> Tensor:
         return torch.stack([trace.nodes[f"{name}_{t}"]["log_prob"] for t in range(len(looks))], 1)
@@ -285,7 +283,7 @@ def keep_better(before: Explanation, after: Explanation) -> Explanation:
 class Given(Messenger):
     """Inside, nothing is random: `z_pres` is 1 if its mean reaches a threshold; poses and codes are mean + sd * noise.
 
-    The noise is the same for all images. Codes always have a little: from noisy ones the decoder has learned to paint.
+    The noise is the same for all images. Codes always have some: the decoder has learned to paint from noisy codes.
     """
 
     def __init__(self, code_noise: Tensor, pose_noise: Tensor | float = 0.0, threshold: Tensor | float = 0.5):

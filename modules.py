@@ -26,7 +26,6 @@ class Look(NamedTuple):
     shift: Tensor | float = 0.0  # [2]
     within: Tensor | None = None  # [n, 4]; the left, top, right and bottom edge of where a peak may be
     side: Tensor | None = None  # bool [n, h, h]; the pixels it sees, if not all: elsewhere nothing is left
-    corrections: int = 1  # how often the window is corrected, each time by a look at what became of it
 
 
 class Step(NamedTuple):
@@ -260,10 +259,9 @@ class ResidualAttention(nn.Module):
         s = s + self.z_where_scale[0] * shift[:, :1]
         # 0.6: at first the window stays near that place.
         loc = torch.cat([s, 0.6 * shift[:, 1:] - s * place], -1)
-        for _ in range(step.look.corrections):
-            closer = self.look_closer(image_to_object(loc, seen, self.window_size, self.second_look))
-            shift, factor = self.correct(closer).chunk(2, -1)
-            loc = loc + self.z_where_scale * shift
+        closer = self.look_closer(image_to_object(loc, seen, self.window_size, self.second_look))
+        shift, factor = self.correct(closer).chunk(2, -1)
+        loc = loc + self.z_where_scale * shift
         scale = (self.z_where_scale * softplus(scale) * 2 * torch.sigmoid(factor)).clamp(min=MIN_SD)
         return self.present(torch.cat([features, closer], -1))[:, 0], loc, scale, step.state
 

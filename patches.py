@@ -27,6 +27,7 @@ SWEEPS = 2  # of the search
 MOST_OBJECTS = 8  # that are looked for in a cell, if not more in training
 ROOM = 1.0  # usual windows that a patch is larger than its cell, for the windows of objects at the cell's border
 CELL = 2.2  # usual windows that a cell may be long: few objects lie in it
+PATIENCE = 5  # See inference.py; for the images that have several cells.
 MOST_PATCHES = 1024  # at once, for the memory's sake
 
 
@@ -103,7 +104,7 @@ class Patch(NamedTuple):
     cell: tuple[int, int]  # row and column
     edges: list[Tensor]  # of the cell: left, top, right and bottom, in pixels
     corner: list[int]  # (x, y), the left upper one, in pixels
-    turn: tuple[int, int]  # patches with the same turn are searched together
+    turn: tuple  # whether there are several cells; those with the same turn are searched together
 
 
 @torch.no_grad()
@@ -131,8 +132,9 @@ def find(air: AIR, images: Sequence[np.ndarray | Tensor], moves: int = MOVES, se
             todo = [image for image in searched if sweep < 2 or max(image.x.shape) > side]
             patches = [patch for image in todo for patch in lay_patches(air, image, sweep, most)]
             bar.total = bar.n + (SWEEPS + 1 - sweep) * len(patches)
-            look = partial(search, air, most=most, moves=moves if sweep else 0, seed=seed)
             for turn in sorted({patch.turn for patch in patches}):
+                patience = PATIENCE if turn[0] else 0
+                look = partial(search, air, most=most, moves=moves if sweep else 0, seed=seed, patience=patience)
                 some_patches = [patch for patch in patches if patch.turn == turn]
                 for start in range(0, len(some_patches), MOST_PATCHES):
                     chunk = some_patches[start : start + MOST_PATCHES]
@@ -149,7 +151,7 @@ def lay_patches(air: AIR, image: Searched, sweep: int, most: int) -> list[Patch]
     image.evidence[..., 0], patches = 0, []
     for i, j in np.ndindex(image.evidence.shape[:2]):
         edges = [columns.edges[j], rows.edges[i], columns.edges[j + 1], rows.edges[i + 1]]
-        turn = rows.turns[i], columns.turns[j]
+        turn = image.evidence[..., 0].numel() > 1, rows.turns[i], columns.turns[j]
         patches.append(Patch(image, (i, j), edges, [columns.corners[j], rows.corners[i]], turn))
     return patches
 
@@ -243,25 +245,18 @@ def assemble(air: AIR, searched: Searched, image: np.ndarray | Tensor) -> Found:
     corners = (places - side / 2).round()
     painted = air.paint(to_canvas(objects.poses, corners, side), objects.z_what)
     # With room for what reaches beyond the image, which is left out.
-    canvas, shares, inside = (pad(part, (side,) * 4) for part in (0 * x, 0 * x, torch.ones_like(x)))
+    canvas, inside = pad(torch.zeros_like(x), (side,) * 4), pad(torch.ones_like(x), (side,) * 4)
     frames = [tuple(slice(at + side, at + 2 * side) for at in corner) for corner in corners.flip(1).int().tolist()]
     painted = [part * inside[frame] for part, frame in zip(painted, frames)]
-    of_ink = [part / part.sum().clamp(min=1) for part in painted]
-    for frame, part, share in zip(frames, painted, of_ink):
+    for frame, part in zip(frames, painted):
         canvas[frame] += part
-        shares[frame] += share
-    error, scale = pad(x, (side,) * 4) - canvas, 2 * air.likelihood_sd**2
-    lost = [
-        (
-            ((error[frame] + part).square() - error[frame].square()).sum() / scale,  # what it explains,
-            (share * (canvas[frame] - part)).sum(),  # its overlap, and what it adds to that of others
-            (part * (shares[frame] - share)).sum(),
-        )
-        for frame, part, share in zip(frames, painted, of_ink)
-    ]
-    explained, overlap, of_others = x.new_tensor(lost).view(-1, 3).unbind(1)
-    log_weight = objects.weight.sum() - error.square().sum() / scale - OVERLAP * overlap.sum()
-    losses = explained + objects.weight - OVERLAP * (overlap + of_others)
+    error = pad(x, (side,) * 4) - canvas
+    scale = 2 * air.likelihood_sd**2
+    overlaps = [(part * (canvas[frame] - part)).sum() for frame, part in zip(frames, painted)]
+    without = [((error[frame] + part).square() - error[frame].square()).sum() for frame, part in zip(frames, painted)]
+    overlaps, without = (torch.stack(part) if part else x.new_zeros(0) for part in (overlaps, without))
+    log_weight = objects.weight.sum() - error.square().sum() / scale - OVERLAP * overlaps.sum() / 2
+    losses = without / scale + objects.weight - OVERLAP * overlaps
     h, w = image.shape
     width = air.image_size / s.clamp(min=MIN_SCALE)
     row, column = (

@@ -38,7 +38,7 @@ from training.run import read_metrics as metrics  # noqa: E402
 # The search finds little in what was hardly trained, and few images are looked at.
 evaluation.recombine.__defaults__ = 12, 5
 inference.PATIENCE, inference.TOGETHER = 2, 4
-patches.SWEEPS = 1
+patches.PATIENCE, patches.SWEEPS = 1, 1
 
 LIMIT = 600  # seconds that an event is waited for, however slow the machine is
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(LIMIT)  # that torchrun gives processes which it tells to stop

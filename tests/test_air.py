@@ -25,7 +25,7 @@ def small_air(bias=3.0, **options):
     air = AIR(**SMALL | options).double()
     nn.init.constant_(air.decode.mlp[-1].bias, bias)
     if air.sees_residual:
-        nn.init.normal_(air.attend.correct.weight, std=0.1)
+        nn.init.normal_(air.attend.correct.weight, std=0.3)
     return air
 
 

@@ -19,7 +19,7 @@ import inference
 import multi_mnist
 import numpy as np
 import patches
-inference.PATIENCE = inference.TOGETHER = 2
+inference.PATIENCE = inference.TOGETHER = patches.PATIENCE = 2
 patches.SWEEPS, patches.find.__defaults__ = 1, (2, 0)
 drawn = [*np.load({path!r}).values()]
 multi_mnist.load_digits = lambda train: drawn

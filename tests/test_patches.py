@@ -9,13 +9,12 @@ from test_air import small_air
 
 import multi_mnist
 import patches
+from inference import OVERLAP
 from patches import Found, find, possible
 
 
 @pytest.fixture
-def air(monkeypatch):
-    for name in ("inference.OVERLAP", "patches.OVERLAP"):
-        monkeypatch.setattr(name, 20.0)  # All that it paints, untrained, is grey squares.
+def air():
     return small_air(0.0).float()
 
 
@@ -52,10 +51,8 @@ def test_the_evidence_of_an_image(air, large, scenes):
         def evidence(used):
             canvas = sum((painted[i] for i in used), torch.zeros(x.shape))
             error = (torch.from_numpy(x) / 255 - canvas).square().sum() / (2 * 0.3**2)
-            overlap = sum(
-                (painted[a] * painted[b]).sum() / painted[a].sum() for a, b in itertools.permutations(used, 2)
-            )
-            return float(sum(found.objects.weight[i] for i in used) - error - patches.OVERLAP * overlap)
+            overlap = sum((painted[a] * painted[b]).sum() for a, b in itertools.combinations(used, 2))
+            return float(sum(found.objects.weight[i] for i in used) - error - OVERLAP * overlap)
 
         everything = list(range(found.count))
         assert found.log_weight == pytest.approx(evidence(everything), abs=0.05)
