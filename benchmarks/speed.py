@@ -30,13 +30,13 @@ from training.svi import make_svi
 VERSIONS = [(guide, estimator) for guide in ("residual", "rnn") for estimator in ("tracegraph", "traceenum")]
 
 
-def training_step(x_all, batch_size=128, guide="residual", estimator="tracegraph", **sizes):
+def training_step(x_all, guide, estimator):
     """A function that takes a training step, on the device that the images `x_all` are on."""
-    air = AIR(guide=guide, baseline="rnn" if estimator == "tracegraph" else "none", **sizes).to(x_all.device)
+    air = AIR(guide=guide, baseline="rnn" if estimator == "tracegraph" else "none").to(x_all.device)
     svi, _ = make_svi(air, estimator)
 
     def step():
-        index = torch.randint(len(x_all), (batch_size,), device=x_all.device)
+        index = torch.randint(len(x_all), (128,), device=x_all.device)
         svi.step(x_all[index].float() / 255)
 
     step.parameters = sum(p.numel() for p in air.parameters())
@@ -87,7 +87,7 @@ def training(x_all, rounds, repeats):
     """A table of the versions and their floors."""
     functions = {}
     for version in VERSIONS:
-        step = functions[version] = training_step(x_all, 128, *version)
+        step = functions[version] = training_step(x_all, *version)
         step()
         with MatrixProducts() as products:
             step()
